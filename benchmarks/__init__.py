@@ -1,0 +1,1 @@
+"""Benchmarks of mtlora_kernels: `python -m benchmarks adapter | train | plot`."""

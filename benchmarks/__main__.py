@@ -1,0 +1,72 @@
+"""Command line of the benchmarks. `python -m benchmarks adapter --quick` is the shortest useful run."""
+
+import argparse
+import sys
+
+import torch
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    command.add_argument("--device", default=default, help="cpu or cuda (default: %(default)s)")
+    command.add_argument("--quick", action="store_true", help="small sizes, under a minute")
+    command.add_argument(
+        "--impl", nargs="+", default=(), help="implementations (default: all but the reference)"
+    )
+    command.add_argument("--no-save", action="store_true", help="do not append to benchmarks/results")
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    adapter = commands.add_parser("adapter", help="routed_lora against rivals and floor")
+    _add_common(adapter)
+    adapter.add_argument(
+        "--shapes", default="*", metavar="PATTERN", help="shell pattern on names, such as '*G32*'"
+    )
+    adapter.add_argument("--numerics", nargs="+", default=("fp32", "eager"), choices=("fp32", "eager"))
+    adapter.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compiled rivals (default: GPU)"
+    )
+    adapter.add_argument(
+        "--small-batch", action="store_true", help="also T = 1, 16, 64, 512: CUDA graph, host time"
+    )
+
+    train = commands.add_parser(
+        "train", help="train on digits, reference against kernels: equal losses, time ratio"
+    )
+    _add_common(train)
+    train.add_argument("--steps", type=int, help="optimizer steps (default: 200, with --quick 50)")
+
+    commands.add_parser("plot", help="draw the stored results as PNG")
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    args = parse()
+    if args.command == "plot":
+        from . import plots  # matplotlib is needed here only
+
+        return plots.draw_all()
+    device = torch.device(args.device)
+    if args.command == "train":
+        from . import train  # scikit-learn is needed here only
+
+        return train.run(device, quick=args.quick, impls=args.impl, steps=args.steps, save=not args.no_save)
+    from . import adapter
+
+    return adapter.run(
+        device,
+        quick=args.quick,
+        impls=args.impl,
+        shapes=args.shapes,
+        numerics=args.numerics,
+        with_compile=device.type == "cuda" if args.compile is None else args.compile,
+        small_batch=args.small_batch,
+        save=not args.no_save,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""`python -m benchmarks train`: the same training run on the reference and on the kernels.
+
+Fifteen tasks made of real images, one shared set of block adapters, one seed. The losses have to be equal bit
+for bit at every step; that, not a tolerance, is what the exit status says.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from .digits import TASKS, Digits, all_tasks, load_digits, task_batch
+from .registry import default_impls
+from .results import RESULTS, provenance
+from .timing import quantiles, synchronize
+from .train_report import TrainRun, print_table, save_runs
+from .vit import DigitTransformer, MultiTask, pretrained_backbone
+
+STEPS, QUICK_STEPS = 200, 50
+IMAGES_PER_TASK = (
+    4  # 15 tasks x 4 images x 16 patches = 960 tokens a step: the reference stays near 0.2 s on a CPU
+)
+LEARNING_RATE = 5e-3
+PRINT_EVERY_S = 5.0
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Fixed orders in the rest of the model, so that a difference can only come from the adapters."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def train(
+    backbone: DigitTransformer, digits: Digits, impl: str, steps: int, device: torch.device
+) -> TrainRun:
+    torch.manual_seed(1)
+    model = MultiTask(copy.deepcopy(backbone), impl).to(device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    generator = torch.Generator().manual_seed(2)
+    losses, step_us, last_print = [], [], time.perf_counter()
+    for step in range(1, steps + 1):
+        images, labels = (t.to(device) for t in task_batch(digits, IMAGES_PER_TASK, generator))
+        synchronize(device)
+        start = time.perf_counter()
+        loss = F.cross_entropy(model(images).flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        synchronize(device)
+        now = time.perf_counter()
+        step_us.append(1e6 * (now - start))
+        if now - last_print > PRINT_EVERY_S:
+            print(f"  {impl}: step {step} of {steps}, loss {losses[-1]:.4f}", flush=True)
+            last_print = now
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return TrainRun(
+        impl, losses, parameters, _accuracy(model, digits, device), quantiles(step_us[1:] or step_us)
+    )
+
+
+@torch.no_grad()
+def _accuracy(model: MultiTask, digits: Digits, device: torch.device) -> dict[str, float]:
+    model.eval()
+    right = model(all_tasks(digits.test_images).to(device)).argmax(-1).cpu() == digits.test_labels
+    return dict(zip(TASKS, right.float().mean(1).tolist(), strict=True))
+
+
+def difference(reference: TrainRun, other: TrainRun) -> str | None:
+    """The first thing that is not equal bit for bit, or None."""
+    for step, (expected, loss) in enumerate(zip(reference.losses, other.losses, strict=True), 1):
+        if loss != expected:
+            return f"loss of step {step} is {loss!r}, the reference has {expected!r}"
+    for name, expected in reference.parameters.items():
+        if not torch.equal(other.parameters[name], expected):
+            return f"{name} differs after the last step"
+    return None
+
+
+def run(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    impls: Sequence[str] = (),
+    steps: int | None = None,
+    save: bool = True,
+    folder: Path = RESULTS,
+) -> int:
+    """Exit status 0, or 1 if a run differed from the reference's."""
+    steps = steps or (QUICK_STEPS if quick else STEPS)
+    source = provenance(device)
+    print("  ".join(f"{key} {value}" for key, value in source.items() if value))
+    with deterministic():
+        digits = load_digits()
+        backbone = pretrained_backbone(digits, device)
+        names = ("reference", *(impls or default_impls(device)[-1:]))
+        runs = [train(backbone, digits, impl, steps, device) for impl in names]
+    print_table(runs)
+    status = 0
+    for other in runs[1:]:
+        wrong = difference(runs[0], other)
+        status |= wrong is not None
+        print(
+            f"{other.impl}: {f'DIFFERS FROM THE REFERENCE, {wrong}' if wrong else _verdict(runs[0], other)}"
+        )
+    if save:
+        save_runs(runs, source, folder)
+    return status
+
+
+def _verdict(reference: TrainRun, other: TrainRun) -> str:
+    ours, theirs = other.step.p50 / 1e3, reference.step.p50 / 1e3
+    return (
+        f"{len(other.losses)} losses and every trained parameter equal the reference's bit for bit; "
+        f"a step takes {ours:.2f} ms, with the reference {theirs:.2f} ms ({theirs / ours:.1f} x)"
+    )

@@ -1,0 +1,40 @@
+// Independent tasks over threads. Every task owns its outputs, so the thread count changes no result.
+#pragma once
+
+#include "cpu/dispatch.h"
+#include "cpu/simd.h"
+
+namespace mtlora::cpu::MTLORA_ISA {
+
+// body(task, buffer): buffers holds `floats` of scratch for each thread.
+template <class Body>
+static void parallel_for(int threads, int64_t tasks, float* buffers, int64_t floats, Body body) {
+    if (tasks <= 1 || threads <= 1) {
+        for (int64_t task = 0; task < tasks; ++task) body(task, buffers);
+        return;
+    }
+#pragma omp parallel num_threads(int(min(threads, tasks)))
+    {
+        float* mine = buffers + thread_index() * floats;
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < tasks; ++task) body(task, mine);
+    }
+}
+
+template <class Body>
+static void parallel_for(int threads, int64_t tasks, int64_t floats, Body body) {
+    parallel_for(threads, tasks, scratch(threads * floats), floats, body);
+}
+
+// Rows cut into chunks of at most `target`, whole register tiles, and enough chunks for all threads.
+struct Chunks {
+    int64_t count, size;
+};
+
+static inline Chunks cut(int64_t rows, int64_t target, int64_t multiple, int64_t at_least) {
+    const int64_t wanted = max(ceil_div(rows, target), min(at_least, ceil_div(rows, multiple)));
+    const int64_t size = round_up(ceil_div(rows, wanted), multiple);
+    return {ceil_div(rows, size), size};
+}
+
+}  // namespace mtlora::cpu::MTLORA_ISA

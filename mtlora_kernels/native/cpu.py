@@ -1,0 +1,135 @@
+"""`routed_lora` on the CPU kernels of `_C`; same arguments and results as the reference with Portable arithmetic."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..reference.routed_lora import inverse_count, output_dtype, uses_group_form
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/routed_lora.h
+_ABSENT = _C.View(0, 0, ())
+
+
+def _view(tensor: Tensor | None) -> _C.View:
+    if tensor is None:
+        return _ABSENT
+    return _C.View(tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.stride())
+
+
+def _set(params: _C.RoutedLora, **fields) -> None:
+    for name, value in fields.items():
+        setattr(params, name, _view(value) if value is None or isinstance(value, Tensor) else value)
+
+
+def _set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p) -> None:
+    """What forward and backward share; the tensors must outlive the call."""
+    tokens, num_groups, experts = pi.shape
+    _set(
+        params, tokens=tokens, d_in=x.shape[1], d_out=lora_b.shape[1], rank=lora_b.shape[2], experts=experts,
+        groups=num_groups, compute_dtype=_DTYPE_CODES[h.dtype], scaling=scaling, relu=activation == "relu",
+        group_form=uses_group_form(lora_b.shape[1] // num_groups), inverse_count=inverse_count(tokens, num_groups),
+        threads=torch.get_num_threads(),
+        x=x, lora_a=lora_a, lora_b=lora_b, router=router, expert_scale=expert_scale, h=h, pi=pi,
+    )  # fmt: skip
+    if dropout_p > 0:
+        _set(
+            params, dropout=True, keep_scale=1 / (1 - dropout_p), drop_threshold=int(dropout_p * 2**32),
+            seed=seed.data_ptr(),
+        )  # fmt: skip
+
+
+def routed_lora_fwd(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    router: Tensor | None,
+    route_weights: Tensor | None,
+    residual: Tensor | None,
+    expert_scale: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    num_groups: int,
+    numerics: str,
+    activation: str | None,
+    dropout_p: float,
+    compute_dtype: torch.dtype,
+    accumulate_into_residual: bool,
+    return_load: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns out [T, d_out], load [N] (or [0] if not asked for), and for backward h [T, r] and pi [T, G, N]."""
+    tokens, (experts, d_out, rank) = x.shape[0], lora_b.shape
+    out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, compute_dtype))
+    load = x.new_empty(experts if return_load else 0, dtype=torch.float32)
+    h = x.new_empty(tokens, rank, dtype=compute_dtype)
+    pi = x.new_empty(tokens, num_groups, experts, dtype=compute_dtype)
+    if route_weights is not None:
+        pi.copy_(route_weights)
+    elif router is None:
+        pi.fill_(1)
+
+    params = _C.RoutedLoraFwd()
+    _set_common(params, x, lora_a, lora_b, None if route_weights is not None else router, expert_scale, seed, h, pi,
+                scaling, activation, dropout_p)  # fmt: skip
+    eager = numerics == "eager"  # "fp32" rounds once, so where its sum starts makes no difference
+    _set(
+        params, eager=eager, accumulate_into_residual=eager and accumulate_into_residual, residual=residual, out=out,
+        load=load if return_load else None,
+    )  # fmt: skip
+    _C.routed_lora_fwd_cpu(params)
+    return out, load, h, pi
+
+
+def routed_lora_bwd(
+    dout: Tensor,
+    dload: Tensor | None,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    router: Tensor | None,
+    h: Tensor,
+    pi: Tensor,
+    expert_scale: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    activation: str | None,
+    dropout_p: float,
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of (x, lora_a, lora_b, router, route_weights, expert_scale), None where not in needs.
+
+    Each comes in its tensor's dtype; that of route_weights, which is not an argument, in float32.
+    """
+    tokens, num_groups, experts = pi.shape
+    owners = (x, lora_a, lora_b, router, pi, expert_scale)
+    need_x, need_a, need_b, need_router, need_weights, need_scale = (
+        need and owner is not None for need, owner in zip(needs, owners, strict=True)
+    )
+    allocate = torch.empty if tokens else torch.zeros  # nothing is launched for no tokens
+
+    def gradient(need: bool, owner: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        return allocate(owner.shape, dtype=dtype or owner.dtype) if need else None
+
+    dx = gradient(need_x, x)
+    da, db, dr = gradient(need_a, lora_a), gradient(need_b, lora_b), gradient(need_router, router)
+    dpi = gradient(need_weights, pi, torch.float32)
+    ds = gradient(need_scale, expert_scale, torch.float32)
+    if tokens:
+        # d(w) becomes d(pi), then d(logits), in one place unless d(pi) is wanted besides d(logits).
+        dlogits = None
+        if need_weights or need_scale or (router is not None and (need_x or need_router)):
+            dlogits = dpi if need_weights and router is None else torch.empty(pi.shape)
+        dh = torch.empty(tokens, h.shape[1]) if need_x or need_a else None
+        dload = None if dload is None else dload.to(torch.float32).contiguous()
+        params = _C.RoutedLoraBwd()
+        _set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p)
+        _set(
+            params, dout=dout, dload=dload, dx=dx,
+            dlora_a=da, dlora_b=db, drouter=dr, dpi=dpi, dexpert_scale=ds,
+            dlogits=0 if dlogits is None else dlogits.data_ptr(), dh=0 if dh is None else dh.data_ptr(),
+        )  # fmt: skip
+        _C.routed_lora_bwd_cpu(params)
+    return dx, da, db, dr, dpi, None if ds is None else ds.to(expert_scale.dtype)

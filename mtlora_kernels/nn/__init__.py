@@ -1,0 +1,6 @@
+"""Modules around `routed_lora`, with the parameter names of the published checkpoints."""
+
+from .attach import attach_block_adapters, set_balance_scale
+from .routed_lora import RoutedLoRA, RoutedLoRALinear
+
+__all__ = ["RoutedLoRA", "RoutedLoRALinear", "attach_block_adapters", "set_balance_scale"]

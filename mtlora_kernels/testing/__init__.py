@@ -1,0 +1,9 @@
+"""Tools to hold a backend, or your own module, to the arithmetic contract."""
+
+from .adapters import assert_matches_reference
+from .checks import run_case
+from .compare import assert_bitwise_equal, differences
+from .inputs import Inputs, random_inputs, with_layout
+from .lattice import lattice_inputs, rounding_inputs
+from .oracle import float64_results, published_layer
+from .run import Row, run_checks

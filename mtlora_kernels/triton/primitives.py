@@ -1,0 +1,146 @@
+"""Device functions shared by the kernels, and the launch helpers that every launcher uses.
+
+Names inside kernels: capitals are sizes (T tokens, D features, O outputs, N experts, R rank, G groups; a P suffix
+is the size padded to a power of two), BT, BK, BO are tile sizes, i_ is an index, o_ an offset vector, m_ a mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import libdevice
+
+from ..reference.arithmetic import FP32_CHUNK, SUM_ROWS
+from .configs import INTERPRET
+
+_INTERPRET = tl.constexpr(INTERPRET)
+_SUM_ROWS = tl.constexpr(SUM_ROWS)
+
+
+@triton.jit
+def exp(v):
+    """CUDA's exp (libdevice), which is PyTorch's; tl.exp is another function."""
+    if _INTERPRET:
+        return tl.exp(v)
+    else:
+        return libdevice.exp(v)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b with fp32 accumulation in k order; fp32 operands stay IEEE.
+
+    max_num_imprecise_acc means nothing for these dtypes but keeps the compiler from folding an add of the result
+    into the accumulator, which would change the order of the sum.
+    """
+    return tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=1)
+
+
+@triton.jit
+def _halve(v, n: tl.constexpr):
+    """[X, Y, n] -> [X, Y, n / 2], s[:n/2] + s[n/2:]."""
+    pair = tl.permute(tl.reshape(v, [v.shape[0], v.shape[1], 2, n // 2]), (0, 1, 3, 2))
+    low, high = tl.split(pair)
+    return low + high
+
+
+@triton.jit
+def tree_sum(v):
+    """[X, Y, n] -> [X, Y], n a power of two up to 128, in the order of `reference.arithmetic.tree_sum`."""
+    if v.shape[2] == 128:
+        lanes = tl.permute(tl.reshape(v, [v.shape[0], v.shape[1], 2, 2, 32]), (0, 1, 4, 2, 3))
+        even, odd = tl.split(lanes)
+        lane_0, lane_2 = tl.split(even)
+        lane_1, lane_3 = tl.split(odd)
+        v = ((lane_0 + lane_1) + lane_2) + lane_3
+    if v.shape[2] >= 64:
+        v = _halve(v, 64)
+    if v.shape[2] >= 32:
+        v = _halve(v, 32)
+    if v.shape[2] >= 16:
+        v = _halve(v, 16)
+    if v.shape[2] >= 8:
+        v = _halve(v, 8)
+    if v.shape[2] >= 4:
+        v = _halve(v, 4)
+    if v.shape[2] >= 2:
+        v = _halve(v, 2)
+    return tl.reshape(v, [v.shape[0], v.shape[1]])
+
+
+@triton.jit
+def drop(v, seed, o_t, i_k, threshold, inverse_keep):
+    """fp32 v [BT, BK] times inverse_keep where Philox keeps (token o_t, feature i_k + column), else 0.
+
+    The mask is applied to the bits: a boolean between a load and a dot makes Triton permute k inside mma.sync
+    fragments, and with it the order of the sum.
+    """
+    BT: tl.constexpr = v.shape[0]
+    BK: tl.constexpr = v.shape[1]
+    block = (i_k // 4 + tl.arange(0, BK // 4))[None, :] + tl.zeros_like(o_t)[:, None]
+    token = o_t[:, None] + tl.zeros_like(block)
+    zero = tl.zeros_like(block)
+    w0, w1, w2, w3 = tl.philox(seed, block, token, zero, zero)
+    words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BT, BK])
+    keep = ~((words.to(tl.int64) - threshold) >> 63).to(tl.int32)
+    return ((v * inverse_keep).to(tl.int32, bitcast=True) & keep).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_weights(pi_ptr, scale_ptr, o_t, i_g, o_n, T, N: tl.constexpr, G: tl.constexpr, HAS_SCALE: tl.constexpr):
+    """w [BT, experts] of one group: pi in its own dtype, or pi * s in fp32."""
+    at = pi_ptr + (o_t.to(tl.int64)[:, None] * G + i_g) * N + o_n[None, :]
+    w = tl.load(at, (o_t < T)[:, None] & (o_n < N)[None, :], other=0.0)
+    if HAS_SCALE:
+        w = w.to(tl.float32) * tl.load(scale_ptr + o_n, o_n < N, other=0.0).to(tl.float32)[None, :]
+    return w
+
+
+@triton.jit
+def mixed_h(h, w):
+    """z [BT, N*R] in h's dtype from h [BT, R] and w [BT, N] (16-bit w: the product itself rounds once)."""
+    if w.dtype == h.dtype:
+        z = w[:, :, None] * h[:, None, :]
+    else:
+        z = (w[:, :, None] * h.to(tl.float32)[:, None, :]).to(h.dtype)
+    return tl.reshape(z, [h.shape[0], w.shape[1] * h.shape[1]])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _sum_rows_kernel(v_ptr, out_ptr, rows, N: tl.constexpr, NP: tl.constexpr):
+    """out [runs, N] = sums of runs of 256 rows of v [rows, N] in order."""
+    i_run = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, NP)
+    acc = tl.zeros([NP], tl.float32)
+    for i in range(_SUM_ROWS):
+        row = i_run * _SUM_ROWS + i
+        acc += tl.load(v_ptr + row * N + o_n, (o_n < N) & (row < rows), other=0.0).to(tl.float32)
+    tl.store(out_ptr + i_run * N + o_n, acc, o_n < N)
+
+
+def sum_rows(v: Tensor) -> Tensor:
+    """fp32 sum over dim 0 of contiguous [rows, N], in the order of `reference.arithmetic.sum_rows`."""
+    n = v.shape[1]
+    if v.shape[0] == 0:
+        return v.new_zeros(n, dtype=torch.float32)
+    first = True
+    while first or v.shape[0] > 1:
+        out = v.new_empty(triton.cdiv(v.shape[0], SUM_ROWS), n, dtype=torch.float32)
+        _sum_rows_kernel[(out.shape[0],)](v, out, v.shape[0], n, triton.next_power_of_2(n), num_warps=1)
+        v, first = out, False
+    return v[0]
+
+
+def fp32_chunk(fp32: bool) -> int:
+    """K chunk whose products are added in order: fp32 operands only, 0 keeps one accumulator."""
+    return FP32_CHUNK if fp32 else 0
+
+
+def dropout_arguments(seed: Tensor | None, dropout_p: float) -> dict:
+    """Kernel arguments of dropout; without it the seed pointer is never read."""
+    return {
+        "seed_ptr": seed,
+        "threshold": int(dropout_p * 2**32),
+        "inverse_keep": 1 / (1 - dropout_p),
+        "DROPOUT": dropout_p > 0,
+    }

@@ -1,0 +1,1 @@
+"""Adapters from host libraries to `mtlora_kernels`, one module per host."""
