@@ -10,9 +10,7 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default, help="cpu or cuda (default: %(default)s)")
     command.add_argument("--quick", action="store_true", help="small sizes, under a minute")
-    command.add_argument(
-        "--impl", nargs="+", default=(), help="implementations (default: all but the reference)"
-    )
+    command.add_argument("--impl", nargs="+", default=(), help="implementations (default: all but the reference)")
     command.add_argument("--no-save", action="store_true", help="do not append to benchmarks/results")
 
 
@@ -22,20 +20,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
     adapter = commands.add_parser("adapter", help="routed_lora against rivals and floor")
     _add_common(adapter)
-    adapter.add_argument(
-        "--shapes", default="*", metavar="PATTERN", help="shell pattern on names, such as '*G32*'"
-    )
+    adapter.add_argument("--shapes", default="*", metavar="PATTERN", help="shell pattern on names, such as '*G32*'")
     adapter.add_argument("--numerics", nargs="+", default=("fp32", "eager"), choices=("fp32", "eager"))
-    adapter.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, help="compiled rivals (default: GPU)"
-    )
-    adapter.add_argument(
-        "--small-batch", action="store_true", help="also T = 1, 16, 64, 512: CUDA graph, host time"
-    )
+    adapter.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled rivals (default: GPU)")
+    adapter.add_argument("--small-batch", action="store_true", help="also T = 1, 16, 64, 512: CUDA graph, host time")
 
-    train = commands.add_parser(
-        "train", help="train on digits, reference against kernels: equal losses, time ratio"
-    )
+    train = commands.add_parser("train", help="train on digits, reference against kernels: equal losses, time ratio")
     _add_common(train)
     train.add_argument("--steps", type=int, help="optimizer steps (default: 200, with --quick 50)")
 

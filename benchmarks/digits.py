@@ -53,9 +53,7 @@ def load_digits() -> Digits:
     try:
         from sklearn import datasets
     except ImportError as error:
-        raise SystemExit(
-            "the train benchmark needs scikit-learn: pip install mtlora_kernels[bench]"
-        ) from error
+        raise SystemExit("the train benchmark needs scikit-learn: pip install mtlora_kernels[bench]") from error
     raw = datasets.load_digits()
     images = torch.tensor(raw.images, dtype=torch.float32) / 16
     labels = torch.tensor(raw.target, dtype=torch.int64)

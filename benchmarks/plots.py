@@ -98,9 +98,7 @@ def draw_train_loss(folder: Path) -> Path:
     impls = list(dict.fromkeys(row["impl"] for row in newest))
     for i, impl in enumerate(impls):
         curve = [(int(row["step"]), float(row["loss"])) for row in newest if row["impl"] == impl]
-        ax.plot(
-            *zip(*curve, strict=True), label=impl, linewidth=6 / (1 + 3 * i), color="0.75" if i == 0 else None
-        )
+        ax.plot(*zip(*curve, strict=True), label=impl, linewidth=6 / (1 + 3 * i), color="0.75" if i == 0 else None)
     ax.set_xlabel("step")
     ax.set_ylabel("loss, mean of 15 tasks")
     ax.set_title(newest[0]["device"], fontsize="small")

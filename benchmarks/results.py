@@ -43,9 +43,7 @@ def commit() -> str:
     """Short hash of the checkout, with -dirty if tracked files differ from it; unknown outside one."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        return subprocess.run(
-            command, cwd=RESULTS.parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -22,9 +22,7 @@ from .train_report import TrainRun, print_table, save_runs
 from .vit import DigitTransformer, MultiTask, pretrained_backbone
 
 STEPS, QUICK_STEPS = 200, 50
-IMAGES_PER_TASK = (
-    4  # 15 tasks x 4 images x 16 patches = 960 tokens a step: the reference stays near 0.2 s on a CPU
-)
+IMAGES_PER_TASK = 4  # 15 tasks x 4 images x 16 patches = 960 tokens a step: the reference stays near 0.2 s on a CPU
 LEARNING_RATE = 5e-3
 PRINT_EVERY_S = 5.0
 
@@ -41,9 +39,7 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def train(
-    backbone: DigitTransformer, digits: Digits, impl: str, steps: int, device: torch.device
-) -> TrainRun:
+def train(backbone: DigitTransformer, digits: Digits, impl: str, steps: int, device: torch.device) -> TrainRun:
     torch.manual_seed(1)
     model = MultiTask(copy.deepcopy(backbone), impl).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -66,9 +62,7 @@ def train(
             print(f"  {impl}: step {step} of {steps}, loss {losses[-1]:.4f}", flush=True)
             last_print = now
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return TrainRun(
-        impl, losses, parameters, _accuracy(model, digits, device), quantiles(step_us[1:] or step_us)
-    )
+    return TrainRun(impl, losses, parameters, _accuracy(model, digits, device), quantiles(step_us[1:] or step_us))
 
 
 @torch.no_grad()
@@ -112,9 +106,7 @@ def run(
     for other in runs[1:]:
         wrong = difference(runs[0], other)
         status |= wrong is not None
-        print(
-            f"{other.impl}: {f'DIFFERS FROM THE REFERENCE, {wrong}' if wrong else _verdict(runs[0], other)}"
-        )
+        print(f"{other.impl}: {f'DIFFERS FROM THE REFERENCE, {wrong}' if wrong else _verdict(runs[0], other)}")
     if save:
         save_runs(runs, source, folder)
     return status

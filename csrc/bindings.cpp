@@ -62,25 +62,24 @@ PYBIND11_MODULE(_C, m) {
 #define ADDRESS(T, name, type) \
     .def_property(#name, nullptr, [](T& p, uintptr_t address) { p.name = pointer<type>(address); })
     // Value-initialised: what Python does not set is zero or absent.
-    py::class_<RoutedLora>(m, "RoutedLora")
-        FIELD(RoutedLora, tokens) FIELD(RoutedLora, d_in) FIELD(RoutedLora, d_out) FIELD(RoutedLora, rank)
-        FIELD(RoutedLora, experts) FIELD(RoutedLora, groups)
-        .def_property("compute_dtype", nullptr, [](RoutedLora& p, int code) { p.compute_dtype = dtype_of(code); })
-        FIELD(RoutedLora, scaling) FIELD(RoutedLora, inverse_count) FIELD(RoutedLora, relu) FIELD(RoutedLora, group_form)
-        FIELD(RoutedLora, dropout) FIELD(RoutedLora, keep_scale) FIELD(RoutedLora, drop_threshold)
-        ADDRESS(RoutedLora, seed, const int64_t) FIELD(RoutedLora, threads)
-        FIELD(RoutedLora, x) FIELD(RoutedLora, lora_a) FIELD(RoutedLora, lora_b) FIELD(RoutedLora, router)
-        FIELD(RoutedLora, expert_scale) FIELD(RoutedLora, h) FIELD(RoutedLora, pi);
+    py::class_<RoutedLora>(m, "RoutedLora") FIELD(RoutedLora, tokens) FIELD(RoutedLora, d_in) FIELD(RoutedLora, d_out)
+        FIELD(RoutedLora, rank) FIELD(RoutedLora, experts) FIELD(RoutedLora, groups)
+            .def_property("compute_dtype", nullptr, [](RoutedLora& p, int code) { p.compute_dtype = dtype_of(code); })
+                FIELD(RoutedLora, scaling) FIELD(RoutedLora, inverse_count) FIELD(RoutedLora, relu)
+                    FIELD(RoutedLora, group_form) FIELD(RoutedLora, dropout) FIELD(RoutedLora, keep_scale)
+                        FIELD(RoutedLora, drop_threshold) ADDRESS(RoutedLora, seed, const int64_t)
+                            FIELD(RoutedLora, threads) FIELD(RoutedLora, x) FIELD(RoutedLora, lora_a)
+                                FIELD(RoutedLora, lora_b) FIELD(RoutedLora, router) FIELD(RoutedLora, expert_scale)
+                                    FIELD(RoutedLora, h) FIELD(RoutedLora, pi);
     py::class_<RoutedLoraFwd, RoutedLora>(m, "RoutedLoraFwd")
-        .def(py::init([] { return RoutedLoraFwd{}; }))
-        FIELD(RoutedLoraFwd, eager) FIELD(RoutedLoraFwd, accumulate_into_residual)
-        FIELD(RoutedLoraFwd, residual) FIELD(RoutedLoraFwd, out) FIELD(RoutedLoraFwd, load);
+        .def(py::init([] { return RoutedLoraFwd{}; })) FIELD(RoutedLoraFwd, eager)
+            FIELD(RoutedLoraFwd, accumulate_into_residual) FIELD(RoutedLoraFwd, residual) FIELD(RoutedLoraFwd, out)
+                FIELD(RoutedLoraFwd, load);
     py::class_<RoutedLoraBwd, RoutedLora>(m, "RoutedLoraBwd")
-        .def(py::init([] { return RoutedLoraBwd{}; }))
-        FIELD(RoutedLoraBwd, dout) FIELD(RoutedLoraBwd, dload) FIELD(RoutedLoraBwd, dx)
-        FIELD(RoutedLoraBwd, dlora_a) FIELD(RoutedLoraBwd, dlora_b) FIELD(RoutedLoraBwd, drouter)
-        FIELD(RoutedLoraBwd, dpi) FIELD(RoutedLoraBwd, dexpert_scale)
-        ADDRESS(RoutedLoraBwd, dlogits, float) ADDRESS(RoutedLoraBwd, dh, float);
+        .def(py::init([] { return RoutedLoraBwd{}; })) FIELD(RoutedLoraBwd, dout) FIELD(RoutedLoraBwd, dload)
+            FIELD(RoutedLoraBwd, dx) FIELD(RoutedLoraBwd, dlora_a) FIELD(RoutedLoraBwd, dlora_b)
+                FIELD(RoutedLoraBwd, drouter) FIELD(RoutedLoraBwd, dpi) FIELD(RoutedLoraBwd, dexpert_scale)
+                    ADDRESS(RoutedLoraBwd, dlogits, float) ADDRESS(RoutedLoraBwd, dh, float);
 #undef ADDRESS
 #undef FIELD
 

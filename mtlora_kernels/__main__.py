@@ -73,6 +73,8 @@ def check(arguments: argparse.Namespace) -> int:
         if count % 100 == 0:
             print(f"{count} checks, {time.perf_counter() - start:.0f} s, now {name}", flush=True)
 
+    if arguments.device and arguments.device not in devices_present():
+        raise SystemExit(f"--device is {arguments.device!r}, it must be one of {devices_present()} here")
     if arguments.module:
         rows = check_module(_load(arguments.module).to(arguments.device or "cpu"))
         for row in rows:
@@ -84,9 +86,7 @@ def check(arguments: argparse.Namespace) -> int:
     failed = sum(bool(row.mismatches) for row in rows)
     status = 1 if failed or not rows else 0
     if arguments.json:
-        print(
-            json.dumps({"passed": status == 0, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
-        )
+        print(json.dumps({"passed": status == 0, "rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
         return status
     _print_table(rows)
     verdict = f"{failed} of {len(rows)} checks differ" if rows else "nothing could be checked"
@@ -103,9 +103,7 @@ def main() -> int:
     options.add_argument("--impl", choices=IMPLS, help="only this implementation")
     options.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
     options.add_argument("--json", action="store_true", help="machine-readable rows instead of a table")
-    options.add_argument(
-        "--module", metavar="PACKAGE.MODULE:FACTORY", help="check the adapter that factory() returns"
-    )
+    options.add_argument("--module", metavar="PACKAGE.MODULE:FACTORY", help="check the adapter that factory() returns")
     arguments = parser.parse_args()
     return info() if arguments.command == "info" else check(arguments)
 

@@ -49,9 +49,7 @@ def resolve(impl: str | None, device: torch.device, compute_dtype: torch.dtype) 
     if impl is None:
         # A CPU tensor reaches Triton's interpreter, a test tool, by name only: its own device type is "cuda".
         return next(
-            i
-            for i in IMPLS
-            if i in available and compute_dtype in _TABLE[i][1] and _TABLE[i][0] in (None, device.type)
+            i for i in IMPLS if i in available and compute_dtype in _TABLE[i][1] and _TABLE[i][0] in (None, device.type)
         )
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}, it must be None or one of {IMPLS}")

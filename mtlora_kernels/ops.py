@@ -92,7 +92,7 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.route_dtype = None if args["route_weights"] is None else args["route_weights"].dtype
     ctx.residual_dtype = None if args["residual"] is None else args["residual"].dtype
     ctx.scalars = (args["scaling"], args["activation"], args["dropout_p"])
-    ctx.impl = args["impl"]
+    ctx.impl, ctx.return_load = args["impl"], args["return_load"]
 
 
 def _autograd_backward(ctx, dout: Tensor | None, dload: Tensor | None, _dh, _dpi):
@@ -100,6 +100,8 @@ def _autograd_backward(ctx, dout: Tensor | None, dload: Tensor | None, _dh, _dpi
     wanted = dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
     needs = [bool(wanted[name]) for name in _WITH_GRADIENT]
     grads = dict.fromkeys(_INPUTS)
+    if not ctx.return_load:
+        dload = None  # an empty load can still get an empty gradient
     if dout is None and dload is None:
         return tuple(grads.values())
     if wanted["residual"] and dout is not None:

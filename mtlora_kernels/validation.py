@@ -10,24 +10,20 @@ NUMERICS = ("fp32", "eager")
 ACTIVATIONS = (None, "relu")
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
 def require_tensor(name: str, value: object, *, dim: int | None = None, min_dim: int = 0) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is {type(value).__name__}, it must be a tensor")
-    _require(value.dtype in COMPUTE_DTYPES, f"{name} has dtype {value.dtype}, it must be one of {COMPUTE_DTYPES}")
-    _require(dim is None or value.dim() == dim, f"{name} has {value.dim()} dimensions, it must have {dim}")
-    _require(value.dim() >= min_dim, f"{name} has {value.dim()} dimensions, it must have at least {min_dim}")
+    if value.dtype not in COMPUTE_DTYPES:
+        raise ValueError(f"{name} has dtype {value.dtype}, it must be one of {COMPUTE_DTYPES}")
+    if dim is not None and value.dim() != dim:
+        raise ValueError(f"{name} has {value.dim()} dimensions, it must have {dim}")
+    if value.dim() < min_dim:
+        raise ValueError(f"{name} has {value.dim()} dimensions, it must have at least {min_dim}")
 
 
 def require_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
-    _require(
-        tuple(value.shape) == tuple(shape),
-        f"{name} has shape {tuple(value.shape)}, it must be {meaning} = {tuple(shape)}",
-    )
+    if tuple(value.shape) != tuple(shape):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}, it must be {meaning} = {tuple(shape)}")
 
 
 def stacked_experts(lora_b: Tensor | Sequence[Tensor]) -> Tensor:
@@ -35,7 +31,8 @@ def stacked_experts(lora_b: Tensor | Sequence[Tensor]) -> Tensor:
     if isinstance(lora_b, Tensor):
         require_tensor("lora_b", lora_b, dim=3)
         return lora_b
-    _require(len(lora_b) > 0, "lora_b is an empty sequence, it must hold one tensor [d_out, r] per expert")
+    if not lora_b:
+        raise ValueError("lora_b is an empty sequence, it must hold one tensor [d_out, r] per expert")
     for i, b in enumerate(lora_b):
         require_tensor(f"lora_b[{i}]", b, dim=2)
         require_shape(f"lora_b[{i}]", b, lora_b[0].shape, "the shape of lora_b[0]")
@@ -62,28 +59,34 @@ def check_routed_lora(
     require_tensor("x", x, min_dim=1)
     require_tensor("lora_a", lora_a, dim=2)
     d_in, (n, d_out, r) = x.shape[-1], lora_b.shape
-    _require(min(n, d_out, r, d_in) > 0, f"lora_b has shape {tuple(lora_b.shape)}, every size must be positive")
+    if min(n, d_out, r, d_in) <= 0:
+        raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}, every size must be positive")
     require_shape("lora_a", lora_a, (r, d_in), "[r, d_in] with r of lora_b and d_in of x")
 
     if isinstance(scaling, bool) or not isinstance(scaling, int | float):
         raise TypeError(f"scaling is {type(scaling).__name__}, it must be a Python number")
-    _require(numerics in NUMERICS, f"numerics is {numerics!r}, it must be one of {NUMERICS}")
-    _require(activation in ACTIVATIONS, f"activation is {activation!r}, it must be one of {ACTIVATIONS}")
-    _require(0 <= dropout_p < 1, f"dropout_p is {dropout_p}, it must be in [0, 1)")
-    _require(
-        num_groups >= 1 and d_out % num_groups == 0,
-        f"num_groups is {num_groups}, it must be a positive divisor of d_out = {d_out}",
-    )
+    if numerics not in NUMERICS:
+        raise ValueError(f"numerics is {numerics!r}, it must be one of {NUMERICS}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation is {activation!r}, it must be one of {ACTIVATIONS}")
+    if not 0 <= dropout_p < 1:  # torch.compile(dynamic=True) makes it symbolic, which no f-string may hold
+        raise ValueError(f"dropout_p is {dropout_p}, it must be in [0, 1)")
+    if num_groups < 1 or d_out % num_groups != 0:
+        raise ValueError(f"num_groups is {num_groups}, it must be a positive divisor of d_out = {d_out}")
 
-    _require(router is None or route_weights is None, "router and route_weights are both given, give one of them")
+    if router is not None and route_weights is not None:
+        raise ValueError("router and route_weights are both given, give one of them")
     if router is not None:
         require_tensor("router", router, dim=2)
         require_shape("router", router, (num_groups * n, d_in), "[num_groups * N, d_in]")
     elif route_weights is not None:
         require_tensor("route_weights", route_weights, min_dim=2)
-        require_shape("route_weights", route_weights[..., :, :].flatten(0, -3)[0], (num_groups, n), "[..., G, N]")
-    else:
-        _require(n == 1, f"router is None with {n} experts, it must be given (or route_weights) unless N = 1")
+        if tuple(route_weights.shape[-2:]) != (num_groups, n):
+            raise ValueError(
+                f"route_weights has shape {tuple(route_weights.shape)}, it must end in [G, N] = {(num_groups, n)}"
+            )
+    elif n != 1:
+        raise ValueError(f"router is None with {n} experts, it must be given (or route_weights) unless N = 1")
 
     if expert_scale is not None:
         require_tensor("expert_scale", expert_scale, dim=1)
@@ -91,17 +94,13 @@ def check_routed_lora(
     if residual is not None:
         require_tensor("residual", residual)
         require_shape("residual", residual, (*x.shape[:-1], d_out), "[leading dims of x, d_out]")
-    _require(
-        not accumulate_into_residual or (numerics == "eager" and residual is not None),
-        "accumulate_into_residual is True, it needs numerics='eager' and a residual",
-    )
+    if accumulate_into_residual and (numerics != "eager" or residual is None):
+        raise ValueError("accumulate_into_residual is True, it needs numerics='eager' and a residual")
     others = {"lora_a": lora_a, "lora_b": lora_b, "router": router, "residual": residual}
     others |= {"expert_scale": expert_scale, "route_weights": route_weights}
     for name, tensor in others.items():
-        _require(
-            tensor is None or tensor.device == x.device,
-            f"{name} is on {tensor.device if tensor is not None else None}, it must be on x's device {x.device}",
-        )
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, it must be on x's device {x.device}")
 
 
 def token_route_weights(route_weights: Tensor, x: Tensor) -> Tensor:
@@ -112,11 +111,11 @@ def token_route_weights(route_weights: Tensor, x: Tensor) -> Tensor:
     fits = len(given) in (len(leading), len(leading) - 1) and all(
         g in (1, t) for g, t in zip(route_weights.shape[:-2], leading, strict=False)
     )
-    _require(
-        fits,
-        f"route_weights has shape {tuple(route_weights.shape)}, its leading dimensions must match those of x, "
-        f"{tuple(leading)}, or be one row per sequence",
-    )
+    if not fits:
+        raise ValueError(
+            f"route_weights has shape {tuple(route_weights.shape)}, its leading dimensions must match those of x, "
+            f"{tuple(leading)}, or be one row per sequence"
+        )
     g, n = route_weights.shape[-2:]
     return route_weights.expand(*leading, g, n).reshape(-1, g, n)
 
@@ -126,13 +125,14 @@ def seed_tensor(dropout_seed: int | Tensor | None, x: Tensor) -> Tensor:
     if dropout_seed is None:
         return torch.randint(2**63 - 1, (1,), device=x.device)
     if isinstance(dropout_seed, Tensor):
-        _require(
-            dropout_seed.dtype == torch.int64 and dropout_seed.numel() == 1 and dropout_seed.device == x.device,
-            f"dropout_seed is a {dropout_seed.dtype} tensor of {dropout_seed.numel()} elements on "
-            f"{dropout_seed.device}, it must be one int64 on {x.device}",
-        )
+        if not (dropout_seed.dtype == torch.int64 and dropout_seed.numel() == 1 and dropout_seed.device == x.device):
+            raise ValueError(
+                f"dropout_seed is a {dropout_seed.dtype} tensor of {dropout_seed.numel()} elements on "
+                f"{dropout_seed.device}, it must be one int64 on {x.device}"
+            )
         return dropout_seed.reshape(1)
     if isinstance(dropout_seed, bool) or not isinstance(dropout_seed, int):
         raise TypeError(f"dropout_seed is {type(dropout_seed).__name__}, it must be an int or an int64 tensor")
-    _require(0 <= dropout_seed < 2**63, f"dropout_seed is {dropout_seed}, it must be in [0, 2**63)")
+    if not 0 <= dropout_seed < 2**63:
+        raise ValueError(f"dropout_seed is {dropout_seed}, it must be in [0, 2**63)")
     return torch.full((1,), dropout_seed, dtype=torch.int64, device=x.device)

@@ -166,9 +166,7 @@ def test_peak_memory_sees_temporaries():
 
 
 def test_command_line():
-    args = parse(
-        ["adapter", "--quick", "--device", "cpu", "--numerics", "fp32", "--no-compile", "--shapes", "*G2*"]
-    )
+    args = parse(["adapter", "--quick", "--device", "cpu", "--numerics", "fp32", "--no-compile", "--shapes", "*G2*"])
     assert (args.compile, args.numerics, args.shapes) == (False, ["fp32"], "*G2*")
     assert parse(["train", "--steps", "3"]).steps == 3
 

@@ -13,10 +13,10 @@
 
 namespace mtlora::cpu {
 
-#define MTLORA_DECLARE(ISA)                        \
-    namespace ISA {                                \
-    void routed_lora_fwd(const RoutedLoraFwd& p);  \
-    void routed_lora_bwd(const RoutedLoraBwd& p);  \
+#define MTLORA_DECLARE(ISA)                       \
+    namespace ISA {                               \
+    void routed_lora_fwd(const RoutedLoraFwd& p); \
+    void routed_lora_bwd(const RoutedLoraBwd& p); \
     }
 MTLORA_DECLARE(base)
 #ifdef MTLORA_X86
@@ -67,9 +67,15 @@ struct Free {
 
 }  // namespace
 
-const char* isa() { return kernels().isa; }
-void routed_lora_fwd(const RoutedLoraFwd& p) { kernels().routed_lora_fwd(p); }
-void routed_lora_bwd(const RoutedLoraBwd& p) { kernels().routed_lora_bwd(p); }
+const char* isa() {
+    return kernels().isa;
+}
+void routed_lora_fwd(const RoutedLoraFwd& p) {
+    kernels().routed_lora_fwd(p);
+}
+void routed_lora_bwd(const RoutedLoraBwd& p) {
+    kernels().routed_lora_bwd(p);
+}
 
 float* scratch(int64_t floats) {
     thread_local std::unique_ptr<float, Free> memory;

@@ -18,7 +18,9 @@ constexpr int NR = VECS * VW;
 
 // Scratch rows hold whole register tiles, and their pitch is an odd number of cache lines, so that a column of
 // tiles spreads over all sets of the L1 cache.
-static inline int64_t pitch(int64_t cols) { return round_up(cols, 32) + 16; }
+static inline int64_t pitch(int64_t cols) {
+    return round_up(cols, 32) + 16;
+}
 
 template <int ROWS, int COLS>
 static void tile(int64_t k, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, float* c,
@@ -94,16 +96,14 @@ static inline void transpose_square(vec (&rows)[VW]) {
 }
 
 // dst[j][i] = src[i][j] for i < rows, j < cols. Reads whole vectors of src and writes whole vectors of dst.
-static void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst,
-                      int64_t ld_dst) {
+static void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst) {
     for (int64_t i0 = 0; i0 < rows; i0 += VW) {
         for (int64_t j0 = 0; j0 < cols; j0 += VW) {
             vec square[VW];
             if (rows - i0 >= VW) {
                 for (int i = 0; i < VW; ++i) square[i] = load(src + (i0 + i) * ld_src + j0);
             } else {
-                for (int i = 0; i < VW; ++i)
-                    square[i] = i0 + i < rows ? load(src + (i0 + i) * ld_src + j0) : vec{};
+                for (int i = 0; i < VW; ++i) square[i] = i0 + i < rows ? load(src + (i0 + i) * ld_src + j0) : vec{};
             }
             transpose_square(square);
             if (cols - j0 >= VW) {

@@ -28,9 +28,7 @@ static inline float sum_lanes(vec s) {
 // Sum of n values, of which value(j) gives the VW that start at j; what it returns past n is ignored.
 template <class Value>
 static inline float tree_sum(int64_t n, Value value) {
-    const auto masked = [&](int64_t j) {
-        return n - j >= VW ? value(j) : kLane < int32_t(n - j) ? value(j) : vec{};
-    };
+    const auto masked = [&](int64_t j) { return n - j >= VW ? value(j) : kLane < int32_t(n - j) ? value(j) : vec{}; };
     if (n <= VW) return sum_lanes(masked(0));
     constexpr int VECS = kSumLanes / VW;
     vec s[VECS] = {};

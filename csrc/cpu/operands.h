@@ -7,7 +7,7 @@
 namespace mtlora::cpu::MTLORA_ISA {
 
 // Tokens, and outputs or features, of one task: its accumulators and operands stay well inside a 1 MB L2.
-constexpr int64_t kTokens = 192;
+constexpr int64_t kTokens = 384;
 constexpr int64_t kColumns = 128;
 // Depth of one K block: 16 KB of b for one column of tiles, half of a 32 KB L1.
 constexpr int64_t kDepth = 128;
@@ -15,7 +15,9 @@ constexpr int64_t kDepth = 128;
 constexpr int64_t kExperts = 16;
 
 // Room for rows that are loaded at their own width and then read in whole vectors.
-static inline int64_t block_floats(int64_t rows, int64_t cols) { return round_up(rows * cols, 16) + 16; }
+static inline int64_t block_floats(int64_t rows, int64_t cols) {
+    return round_up(rows * cols, 16) + 16;
+}
 
 // dst[j][i] = m(row + i, col + j): the columns of a product from rows that run along K. buffer is
 // block_floats(rows, cols), and stays unused when the rows can be read in place.
@@ -39,8 +41,8 @@ static inline void load_expert(const RoutedLora& p, int64_t expert, int64_t outp
 }
 
 // w_i = pi_i s_i for experts [expert, expert + n) of one group; scale is null without expert_scale.
-static inline void load_weights(const RoutedLora& p, const float* scale, int64_t token, int64_t group,
-                                int64_t expert, int64_t n, float* w) {
+static inline void load_weights(const RoutedLora& p, const float* scale, int64_t token, int64_t group, int64_t expert,
+                                int64_t n, float* w) {
     load_row(matrix(p.pi, token), group, expert, n, w);
     if (scale) {
         for (int64_t i = 0; i < n; ++i) w[i] *= scale[expert + i];

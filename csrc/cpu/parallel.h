@@ -26,13 +26,14 @@ static void parallel_for(int threads, int64_t tasks, int64_t floats, Body body) 
     parallel_for(threads, tasks, scratch(threads * floats), floats, body);
 }
 
-// Rows cut into chunks of at most `target`, whole register tiles, and enough chunks for all threads.
+// Rows cut into chunks of about equal size, a multiple of `multiple` and not much above `target`; as many chunks
+// as give each of `threads` the same number, if there are rows enough.
 struct Chunks {
     int64_t count, size;
 };
 
-static inline Chunks cut(int64_t rows, int64_t target, int64_t multiple, int64_t at_least) {
-    const int64_t wanted = max(ceil_div(rows, target), min(at_least, ceil_div(rows, multiple)));
+static inline Chunks cut(int64_t rows, int64_t target, int64_t multiple, int64_t threads) {
+    const int64_t wanted = min(round_up(ceil_div(rows, target), threads), ceil_div(rows, multiple));
     const int64_t size = round_up(ceil_div(rows, wanted), multiple);
     return {ceil_div(rows, size), size};
 }

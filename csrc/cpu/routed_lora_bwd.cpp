@@ -12,7 +12,9 @@ namespace {
 constexpr int64_t kExpertFormBlock = 32;  // EXPERT_FORM_BLOCK of the reference
 constexpr int64_t kExpertSumWidth = 128;  // EXPERT_SUM_WIDTH of the reference
 
-Matrix row_major(const View& v, int64_t cols) { return {v.data, v.dtype, cols, 1}; }
+Matrix row_major(const View& v, int64_t cols) {
+    return {v.data, v.dtype, cols, 1};
+}
 
 // ---- d(w), left in p.dlogits, and d(h) ----
 
@@ -27,8 +29,7 @@ void contract_groups(const RoutedLoraBwd& p) {
     const DType E = p.compute_dtype;
     const int64_t group_size = p.d_out / p.groups, rank = padded_rank(p);
     // The reference sums `summed` experts of C in one tree; two such trees make a block of C that fills the caches.
-    const int64_t summed =
-        min(next_power_of_two(p.experts), max(1, kExpertSumWidth / next_power_of_two(p.rank)));
+    const int64_t summed = min(next_power_of_two(p.experts), max(1, kExpertSumWidth / next_power_of_two(p.rank)));
     const int64_t experts = min(p.experts, 2 * summed), trees = ceil_div(experts, summed);
     const Chunks chunks = cut(p.tokens, kTokens, MR, p.threads);
 
@@ -36,8 +37,7 @@ void contract_groups(const RoutedLoraBwd& p) {
     const int64_t h_size = block_floats(chunks.size, rank), w_size = round_up(p.experts, 16);
     const int64_t g_size = chunks.size * ld_g, b_size = kDepth * ld, c_size = chunks.size * ld;
     const int64_t tree_size = block_floats(summed, p.rank), sums_size = chunks.size * trees * p.rank;
-    const int64_t floats =
-        2 * h_size + 2 * w_size + g_size + b_size + c_size + tree_size + round_up(sums_size, 16);
+    const int64_t floats = 2 * h_size + 2 * w_size + g_size + b_size + c_size + tree_size + round_up(sums_size, 16);
     parallel_for(p.threads, chunks.count, floats, [&](int64_t task, float* h) {
         float *dh = h + h_size, *w = dh + h_size, *scales = w + w_size, *g = scales + w_size;
         float *b = g + g_size, *c = b + b_size, *tree = c + c_size, *sums = tree + tree_size;
@@ -215,16 +215,20 @@ void input_gradient(const RoutedLoraBwd& p) {
     const int64_t logits = p.router.data ? p.groups * p.experts : 0;
     const Chunks chunks = cut(p.tokens, kTokens, MR, 1);
     const Chunks tiles = cut(p.d_in, kColumns, NR, ceil_div(p.threads, chunks.count));
-    const int64_t ld = pitch(tiles.size), c_size = chunks.size * ld, b_size = kDepth * ld;
-    parallel_for(p.threads, chunks.count * tiles.count, 2 * c_size + b_size, [&](int64_t task, float* c) {
-        float *from_router = c + c_size, *b = from_router + c_size;
+    const int64_t ld_a = pitch(kDepth), ld = pitch(tiles.size);
+    const int64_t a_size = chunks.size * ld_a, b_size = kDepth * ld, c_size = chunks.size * ld;
+    const int64_t floats = a_size + b_size + 2 * c_size;
+    parallel_for(p.threads, chunks.count * tiles.count, floats, [&](int64_t task, float* a) {
+        float *b = a + a_size, *c = b + b_size, *from_router = c + c_size;
         const int64_t token = task / tiles.count * chunks.size, tokens = min(chunks.size, p.tokens - token);
         const int64_t feature = task % tiles.count * tiles.size, features = min(tiles.size, p.d_in - feature);
-        const auto product = [&](const float* a, int64_t rows, const View& weight, float* sum) {
+        const auto product = [&](float* gradient, int64_t rows, const View& weight, float* sum) {
+            const Matrix all = {gradient, DType::f32, rows, 1};
             for (int64_t k = 0; k < rows; k += kDepth) {
                 const int64_t depth = min(kDepth, rows - k);
+                load_block(all, token, tokens, k, depth, DType::f32, a, ld_a);
                 load_block(matrix(weight), k, depth, feature, features, E, b, ld);
-                gemm(tokens, features, depth, a + token * rows + k, rows, 1, b, ld, sum, ld, k > 0);
+                gemm(tokens, features, depth, a, ld_a, 1, b, ld, sum, ld, k > 0);
             }
         };
         product(p.dh, p.rank, p.lora_a, c);
@@ -247,27 +251,30 @@ void projection_gradients(const RoutedLoraBwd& p) {
     const int64_t rows_a = p.dlora_a.data ? p.rank : 0, rows = rows_a + (p.drouter.data ? logits : 0);
     const Chunks tiles = cut(p.d_in, kColumns, NR, p.threads);
     const Chunks blocks = cut(rows, kTokens, MR, 1);
-    const int64_t ld = pitch(tiles.size), c_size = blocks.size * ld;
-    parallel_for(p.threads, tiles.count * blocks.count, c_size + kDepth * ld, [&](int64_t task, float* c) {
-        float* x = c + c_size;
+    const int64_t ld_a = pitch(blocks.size), ld = pitch(tiles.size);
+    const int64_t a_size = kDepth * ld_a, x_size = kDepth * ld, c_size = blocks.size * ld;
+    const int64_t floats = a_size + x_size + c_size;
+    parallel_for(p.threads, tiles.count * blocks.count, floats, [&](int64_t task, float* a) {
+        float *x = a + a_size, *c = x + x_size;
         const int64_t feature = task / blocks.count * tiles.size, features = min(tiles.size, p.d_in - feature);
         const int64_t first = task % blocks.count * blocks.size, last = min(rows, first + blocks.size);
         const int64_t last_a = max(first, min(rows_a, last));  // rows [first, last_a) are d(A)'s
+        const Matrix dh = {p.dh, DType::f32, p.rank, 1}, dlogits = {p.dlogits, DType::f32, logits, 1};
         for (int64_t token = 0; token < p.tokens; token += kDepth) {
             const int64_t depth = min(kDepth, p.tokens - token);
             load_block(matrix(p.x), token, depth, feature, features, E, x, ld);
             if (last_a < last) {
-                const float* dlogits = p.dlogits + token * logits + last_a - rows_a;
-                gemm(last - last_a, features, depth, dlogits, 1, logits, x, ld, c + (last_a - first) * ld, ld,
-                     token > 0);
+                load_block(dlogits, token, depth, last_a - rows_a, last - last_a, DType::f32, a, ld_a);
+                float* c_r = c + (last_a - first) * ld;
+                gemm(last - last_a, features, depth, a, 1, ld_a, x, ld, c_r, ld, token > 0);
             }
             if (first < last_a) {
                 for (int64_t t = 0; p.dropout && t < depth; ++t) {
                     dropout_row(p, token + t, feature, features, x + t * ld);
                     round_row(E, x + t * ld, features);
                 }
-                const float* dh = p.dh + token * p.rank + first;
-                gemm(last_a - first, features, depth, dh, 1, p.rank, x, ld, c, ld, token > 0);
+                load_block(dh, token, depth, first, last_a - first, DType::f32, a, ld_a);
+                gemm(last_a - first, features, depth, a, 1, ld_a, x, ld, c, ld, token > 0);
             }
         }
         for (int64_t row = first; row < last; ++row) {

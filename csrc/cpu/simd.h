@@ -41,13 +41,25 @@ static inline V load_as(const void* p) {
     return v;
 }
 
-static inline vec load(const float* p) { return load_as<vec>(p); }
-static inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+static inline vec load(const float* p) {
+    return load_as<vec>(p);
+}
+static inline void store(float* p, vec v) {
+    memcpy(p, &v, sizeof v);
+}
 
-static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-static inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+static inline int64_t min(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+static inline int64_t max(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+static inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+static inline int64_t round_up(int64_t a, int64_t b) {
+    return ceil_div(a, b) * b;
+}
 
 // ---- Storage formats: load and store one vector; round is store, then load ----
 
@@ -63,9 +75,7 @@ struct BF16 {
     static constexpr DType dtype = DType::bf16;
     typedef uint16_t element;
 
-    static vec load(const element* p) {
-        return (vec)(__builtin_convertvector(load_as<hvec>(p), uvec) << 16);
-    }
+    static vec load(const element* p) { return (vec)(__builtin_convertvector(load_as<hvec>(p), uvec) << 16); }
     static void store(element* p, vec v) {
         const hvec half = __builtin_convertvector((uvec)round(v) >> 16, hvec);
         memcpy(p, &half, sizeof half);
@@ -99,7 +109,7 @@ struct F16 {
         const uvec bits = __builtin_convertvector(load_as<hvec>(p), uvec);
         const uvec magnitude = bits & 0x7fff;
         const vec subnormal = __builtin_convertvector((ivec)magnitude, vec) * 0x1p-24f;
-        uvec out = (magnitude << 13) + 0x38000000;                      // exponent bias 15 to 127
+        uvec out = (magnitude << 13) + 0x38000000;                         // exponent bias 15 to 127
         out = magnitude >= 0x7c00 ? (magnitude << 13) | 0x7f800000 : out;  // Inf and NaN
         out = magnitude < 0x0400 ? (uvec)subnormal : out;
         return (vec)(out | (bits & 0x8000) << 16);
@@ -109,9 +119,9 @@ struct F16 {
         // Adding 0.5 leaves a subnormal half, rounded to nearest even, in the low bits.
         const uvec subnormal = (uvec)((vec)magnitude + 0.5f) - 0x3f000000;
         uvec half = (magnitude + 0xfff + ((magnitude >> 13) & 1) - 0x38000000) >> 13;
-        half = magnitude < 0x38800000 ? subnormal : half;             // below 2^-14
-        half = magnitude >= 0x477ff000 ? (uvec{} + 0x7c00) : half;    // 65520 rounds to infinity
-        half = magnitude > 0x7f800000 ? (uvec{} + 0x7e00) : half;     // NaN
+        half = magnitude < 0x38800000 ? subnormal : half;           // below 2^-14
+        half = magnitude >= 0x477ff000 ? (uvec{} + 0x7c00) : half;  // 65520 rounds to infinity
+        half = magnitude > 0x7f800000 ? (uvec{} + 0x7e00) : half;   // NaN
         const hvec out = __builtin_convertvector(half | ((bits >> 16) & 0x8000), hvec);
         memcpy(p, &out, sizeof out);
     }
@@ -127,9 +137,12 @@ struct F16 {
 template <class F>
 static inline void with_format(DType dtype, F f) {
     switch (dtype) {
-        case DType::f32: return f(F32());
-        case DType::bf16: return f(BF16());
-        case DType::f16: return f(F16());
+        case DType::f32:
+            return f(F32());
+        case DType::bf16:
+            return f(BF16());
+        case DType::f16:
+            return f(F16());
     }
 }
 
@@ -185,6 +198,13 @@ static inline void round_row(DType dtype, float* row, int64_t n) {
     });
 }
 
+// Rows of a block lie on different pages, where the hardware prefetchers do not follow.
+constexpr int64_t kRowsAhead = 4;
+
+static inline void prefetch(const void* p, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(p) + i);
+}
+
 // Whole vectors: scratch rows have room up to the next multiple of VW.
 static inline void scale_row(float* row, int64_t n, float factor) {
     for (int64_t i = 0; i < n; i += VW) store(row + i, load(row + i) * factor);
@@ -206,7 +226,9 @@ struct Matrix {
     }
 };
 
-static inline Matrix matrix(const View& v) { return {v.data, v.dtype, v.stride[0], v.stride[1]}; }
+static inline Matrix matrix(const View& v) {
+    return {v.data, v.dtype, v.stride[0], v.stride[1]};
+}
 
 // v[index] of a three-dimensional tensor.
 static inline Matrix matrix(const View& v, int64_t index) {
@@ -226,6 +248,7 @@ static inline void load_exact(const Matrix& m, int64_t row, int64_t rows, int64_
         const auto* src = static_cast<const typename Format::element*>(m.at(row, col));
         for (int64_t i = 0; i < rows; ++i, src += m.row_stride, dst += ld) {
             if (m.col_stride == 1) {
+                prefetch(src + kRowsAhead * m.row_stride, cols * sizeof *src);
                 load_contiguous<Format>(src, cols, dst);
             } else {
                 load_strided<Format>(src, m.col_stride, cols, dst);

@@ -103,7 +103,7 @@ def routed_lora_bwd(
 
     Each comes in its tensor's dtype; that of route_weights, which is not an argument, in float32.
     """
-    tokens, num_groups, experts = pi.shape
+    tokens = pi.shape[0]
     owners = (x, lora_a, lora_b, router, pi, expert_scale)
     need_x, need_a, need_b, need_router, need_weights, need_scale = (
         need and owner is not None for need, owner in zip(needs, owners, strict=True)

@@ -74,12 +74,13 @@ def _find_blocks(model: nn.Module, blocks: str | Iterable[str]) -> dict[str, nn.
         found = {name: modules[name] for name in names if name in modules}
         unknown = [name for name in names if name not in modules]
     if unknown or not found:
-        raise ValueError(
-            f"blocks is {blocks!r}, it must name modules of the model; not found: {unknown or 'any'}"
-        )
+        raise ValueError(f"blocks is {blocks!r}, it must name modules of the model; not found: {unknown or 'any'}")
     for name, block in found.items():
         if "block_adapter" in block._modules:
             raise ValueError(f"{name} already has a block_adapter, a block takes one")
+        if isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+            # A Sequential would run the adapter as its last layer; the other two have no forward.
+            raise ValueError(f"{name} is a {type(block).__name__}, it must be a module with its own forward")
     if len(set(map(id, found.values()))) < len(found):
         raise ValueError(f"blocks is {blocks!r}, two of these names are the same module, give one of them")
     return found
@@ -98,6 +99,4 @@ def _add_block_adapter(block: nn.Module, args: tuple, kwargs: dict[str, Any], ou
         return block.block_adapter(x, output)
     if type(output) is tuple:
         return (block.block_adapter(x, output[0]), *output[1:])
-    raise TypeError(
-        f"{type(block).__name__} returned {type(output).__name__}, it must return a tensor or a tuple"
-    )
+    raise TypeError(f"{type(block).__name__} returned {type(output).__name__}, it must return a tensor or a tuple")

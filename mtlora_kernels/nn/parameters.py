@@ -66,16 +66,12 @@ class RoutedParameters(nn.Module):
 
     def _groups(self, num_groups: int | None, group_size: int | None) -> int:
         if num_groups is not None and group_size is not None:
-            raise ValueError(
-                f"num_groups = {num_groups} and group_size = {group_size} are both given, give one"
-            )
+            raise ValueError(f"num_groups = {num_groups} and group_size = {group_size} are both given, give one")
         if num_groups is None and group_size is None:
             return 1
         name, divisor = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
         if divisor < 1 or self.out_features % divisor:
-            raise ValueError(
-                f"{name} is {divisor}, it must be a divisor of the output width {self.out_features}"
-            )
+            raise ValueError(f"{name} is {divisor}, it must be a divisor of the output width {self.out_features}")
         return divisor if group_size is None else self.out_features // divisor
 
     def reset_parameters(self) -> None:
@@ -107,32 +103,29 @@ class RoutedParameters(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, keys in self._published(prefix).items():
             tensor = destination.pop(prefix + name)
-            parts = tensor.unbind() if name in STACKED else [tensor]
+            # One index at a time: unbind fails on a tensor that FSDP2 sharded over the experts.
+            parts = [tensor[i] for i in range(len(keys))] if name in STACKED else [tensor]
             destination.update(zip(keys, parts, strict=True))
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, metadata, strict, missing, unexpected, errors
-    ) -> None:
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         published = self._published(prefix)
         for name, keys in published.items():
             if prefix + name in state_dict:
                 continue  # saved from named_parameters(), already stacked
             parameter = getattr(self, name).detach()
-            current = parameter.unbind() if name in STACKED else [parameter]
+            shape = parameter.shape[1:] if name in STACKED else parameter.shape
             given = {key: state_dict.pop(key) for key in keys if key in state_dict}
             missing += [key for key in keys if strict and key not in given]
             misfits = [
-                f"size mismatch for {key}: {tuple(given[key].shape)} given, {tuple(own.shape)} in the module"
-                for key, own in zip(keys, current, strict=True)
-                if key in given and given[key].shape != own.shape
+                f"size mismatch for {key}: {tuple(tensor.shape)} given, {tuple(shape)} in the module"
+                for key, tensor in given.items()
+                if tensor.shape != shape
             ]
             errors += misfits
             # An expert that is not given keeps its values, as a separate module would; on meta it has none.
             if given and not misfits and (len(given) == len(keys) or not parameter.is_meta):
-                parts = [given.get(key, own) for key, own in zip(keys, current, strict=True)]
+                parts = [given[key] if key in given else parameter[i] for i, key in enumerate(keys)]
                 state_dict[prefix + name] = torch.stack(parts) if name in STACKED else parts[0]
         own_missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, own_missing, unexpected, errors)
-        missing += [
-            key for key in own_missing if key.removeprefix(prefix) not in ("lora_A", *STACKED, "lora_route")
-        ]
+        missing += [key for key in own_missing if key.removeprefix(prefix) not in published]

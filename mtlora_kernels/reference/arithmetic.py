@@ -18,6 +18,8 @@ from torch import Tensor
 SUM_LANES = 32  # a warp: CUDA's softmax strides its lane sums by 32 before the halving tree
 SUM_ROWS = 256  # rows per partial sum of `sum_rows`
 FP32_CHUNK = 256  # cuBLAS fp32 walks K in this order only up to 256, so longer K is cut and added in order
+TOKEN_CHUNK = 2048  # tokens per accumulator where K is all tokens: enough pieces to fill a GPU at T = 8192 ...
+MAX_TOKEN_CHUNKS = 8  # ... and few enough that their fp32 partial sums stay small at any T
 
 
 def acc_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -63,6 +65,11 @@ def sum_rows(v: Tensor) -> Tensor:
     return v[0] if v.shape[0] else v.new_zeros(v.shape[1])
 
 
+def token_chunk(tokens: int) -> int:
+    """Tokens per accumulator of `Cuda.dot_tokens`."""
+    return TOKEN_CHUNK * max(1, -(-tokens // (TOKEN_CHUNK * MAX_TOKEN_CHUNKS)))
+
+
 class Portable:
     """Explicit order, basic IEEE operations: the same bits on any device."""
 
@@ -75,6 +82,8 @@ class Portable:
         for k in range(a.shape[-1]):
             out += a[..., k, None] * b[..., None, k, :]
         return out
+
+    dot_tokens = dot
 
     @staticmethod
     def exp(v: Tensor) -> Tensor:
@@ -119,6 +128,15 @@ class Cuda:
                 stop = start + FP32_CHUNK
                 out = out + torch.mm(a[:, start:stop], b[start:stop])
             return out[:m, :n]
+
+    @staticmethod
+    def dot_tokens(a: Tensor, b: Tensor) -> Tensor:
+        """[..., M, T] x [..., T, N], where K is all tokens: chunks of them, added in order in fp32."""
+        size = token_chunk(a.shape[-1])
+        out = Cuda.dot(a[..., :size], b[..., :size, :])
+        for start in range(size, a.shape[-1], size):
+            out = out + Cuda.dot(a[..., start : start + size], b[..., start : start + size, :])
+        return out
 
     exp = staticmethod(torch.exp)
 

@@ -29,5 +29,5 @@ def keep_mask(seed: Tensor, tokens: int, features: int, dropout_p: float) -> Ten
     block = torch.arange(-(-features // 4), device=seed.device)[None, :]
     zero = torch.zeros_like(token * block)
     words = philox_words([block + zero, token + zero, zero, zero], seed)
-    uniform = torch.stack(words, -1).reshape(tokens, -1)[:, :features]
+    uniform = torch.stack(words, -1).flatten(1)[:, :features]
     return uniform >= int(dropout_p * 2**32)

@@ -60,7 +60,7 @@ def routed_lora_bwd(
     E, acc = h.dtype, acc_dtype(h.dtype)
     arithmetic = arithmetic_for(x.device, E)
     g, x_e, a, b = dout.to(E), x.to(E), lora_a.to(E), lora_b.to(E)
-    (experts, d_out, rank), (tokens, num_groups, _) = b.shape, pi.shape
+    (experts, d_out, _), (tokens, num_groups, _) = b.shape, pi.shape
     w = expert_weights(pi, expert_scale)
     contract = _group_form_bwd if uses_group_form(d_out // num_groups) else _expert_form_bwd
     dw, dh, db = contract(arithmetic, g, b, h, w)
@@ -82,8 +82,8 @@ def routed_lora_bwd(
         p = pi.to(acc)
         dlogits = (p * (dpi - tree_sum(p * dpi)[..., None])).to(E).flatten(1)
         dx = dx + arithmetic.dot(dlogits, router.to(E))
-        dr = arithmetic.dot(dlogits.T, x_e)
-    da = arithmetic.dot(dh.T, dropped(x_e, seed, dropout_p))
+        dr = arithmetic.dot_tokens(dlogits.T, x_e)
+    da = arithmetic.dot_tokens(dh.T, dropped(x_e, seed, dropout_p))
 
     grads = (dx, da, db, dr, dpi, ds)
     owners = (x, lora_a, lora_b, router, dpi, expert_scale)
@@ -104,7 +104,7 @@ def _group_form_bwd(arithmetic, g: Tensor, b: Tensor, h: Tensor, w: Tensor) -> t
         for weighted_g in weighted:
             block_sum = block_sum + tree_sum(weighted_g[:, start : start + block].transpose(1, 2))
         dh = dh + block_sum
-    db = arithmetic.dot(g.mT, mixed_h(w, h)).flatten(0, 1).unflatten(-1, (experts, -1))
+    db = arithmetic.dot_tokens(g.mT, mixed_h(w, h)).flatten(0, 1).unflatten(-1, (experts, -1))
     return dw, dh[:, :rank], db[..., :rank]
 
 
@@ -120,7 +120,7 @@ def _expert_form_bwd(arithmetic, g: Tensor, b: Tensor, h: Tensor, w: Tensor) -> 
         e = arithmetic.dot(h, b[i].T)
         dw.append(tree_sum((g.to(e.dtype) * e).view(tokens, num_groups, group_size)))
         y[:, i, :d_out] = per_output(w[:, :, i], group_size) * g.to(e.dtype)
-    y_blocks = y.view(tokens, experts, blocks, -1).transpose(1, 2).flatten(1)
+    y_blocks = y.unflatten(-1, (blocks, -1)).transpose(1, 2).flatten(1)
     b_blocks = b_rows.view(experts, blocks, -1, rank).transpose(0, 1).flatten(0, 2)
-    db = [arithmetic.dot(y[:, i, :d_out].T, h) for i in range(experts)]
+    db = [arithmetic.dot_tokens(y[:, i, :d_out].T, h) for i in range(experts)]
     return torch.stack(dw, -1), arithmetic.dot(y_blocks, b_blocks), torch.stack(db, 1)

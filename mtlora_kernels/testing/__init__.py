@@ -7,3 +7,8 @@ from .inputs import Inputs, random_inputs, with_layout
 from .lattice import lattice_inputs, rounding_inputs
 from .oracle import float64_results, published_layer
 from .run import Row, run_checks
+
+__all__ = [
+    "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_results",
+    "lattice_inputs", "published_layer", "random_inputs", "rounding_inputs", "run_case", "run_checks", "with_layout",
+]  # fmt: skip

@@ -28,9 +28,7 @@ def _parameters(module: nn.Module) -> dict[str, list[nn.Parameter]]:
             found.setdefault(_ARGUMENTS[match[1]], []).append((int(match[2] or 0), parameter))
     missing = {"lora_a", "lora_b"} - found.keys()
     if missing:
-        raise ValueError(
-            f"{type(module).__name__} has no parameters for {sorted(missing)}; see the published names"
-        )
+        raise ValueError(f"{type(module).__name__} has no parameters for {sorted(missing)}; see the published names")
     return {name: [p for _, p in sorted(parts, key=lambda part: part[0])] for name, parts in found.items()}
 
 
@@ -68,9 +66,7 @@ def _results(module: nn.Module, x: Tensor, dout: Tensor) -> dict[str, Tensor]:
     flat = [p for parts in parameters.values() for p in parts]
     grads = iter(torch.autograd.grad(out, [leaf, *flat], dout.view(out.shape).to(out.dtype)))
     results = {"out": out.detach().flatten(0, -2), "dx": next(grads).flatten(0, -2)}
-    return results | {
-        f"d{name}": _joined(name, [next(grads) for _ in parts]) for name, parts in parameters.items()
-    }
+    return results | {f"d{name}": _joined(name, [next(grads) for _ in parts]) for name, parts in parameters.items()}
 
 
 def assert_matches_reference(module: nn.Module, x: Tensor) -> None:
@@ -135,9 +131,7 @@ def check_module(module: nn.Module) -> list[Row]:
                 actual, expected = {"out": actual["out"]}, {"out": expected["out"]}
             label = f"{type(module).__name__} T={len(inputs.x)} {str(x.dtype).removeprefix('torch.')}"
             seconds = time.perf_counter() - start
-            rows.append(
-                Row(str(x.device), "module", kind, label, differences(actual, expected, cast=True), seconds)
-            )
+            rows.append(Row(str(x.device), "module", kind, label, differences(actual, expected, cast=True), seconds))
     finally:
         with torch.no_grad():
             for name, p in module.named_parameters():

@@ -20,9 +20,7 @@ def _leaves(inputs: Inputs, dtype: torch.dtype | None = None) -> dict[str, Tenso
     return leaves
 
 
-def _with_gradients(
-    inputs: Inputs, leaves: dict[str, Tensor], out: Tensor, load: Tensor | None
-) -> dict[str, Tensor]:
+def _with_gradients(inputs: Inputs, leaves: dict[str, Tensor], out: Tensor, load: Tensor | None) -> dict[str, Tensor]:
     results = {"out": out.detach()}
     outputs, upstream = [out], [inputs.dout.to(out.dtype)]
     if load is not None:
@@ -53,9 +51,7 @@ def _dropout_factor(inputs: Inputs) -> Tensor | float:
     p = inputs.options.get("dropout_p", 0.0)
     if p == 0:
         return 1.0
-    return kept(int(inputs.options["dropout_seed"]), *inputs.x.shape, p).double().to(inputs.x.device) / (
-        1 - p
-    )
+    return kept(int(inputs.options["dropout_seed"]), *inputs.x.shape, p).double().to(inputs.x.device) / (1 - p)
 
 
 def float64_results(inputs: Inputs) -> dict[str, Tensor]:

@@ -31,9 +31,7 @@ class Check:
     def label(self) -> str:
         given = {"dtype": self.dtype} | self.options | self.note
         values = {name: str(value).removeprefix("torch.") for name, value in given.items()}
-        return f"{','.join(map(str, self.shape))} " + " ".join(
-            f"{name}={value}" for name, value in values.items()
-        )
+        return f"{','.join(map(str, self.shape))} " + " ".join(f"{name}={value}" for name, value in values.items())
 
 
 @dataclass
@@ -59,16 +57,16 @@ def _random_checks(kind: str, quick: bool) -> Iterator[Check]:
                 options = {"numerics": numerics}
                 yield Check("random", shape, cases.DTYPES[letter], options, random_inputs, against_reference)
     for shape in cases.OPTION_SHAPES[kind]:
-        for given in cases.OPTIONS:
-            for numerics in NUMERICS:
+        for index, given in enumerate(cases.OPTIONS):
+            for numerics in (given["numerics"],) if "numerics" in given else NUMERICS:
                 options = {"numerics": numerics} | given
-                for dtype in (options.pop("dtype"),) if "dtype" in options else (BF16,) if quick else FLOATS:
+                fixed = options.pop("dtype", None)
+                dtypes = (BF16,) if quick else (BF16, FLOATS[1 + index % 2]) if kind == "cuda" else FLOATS
+                for dtype in (fixed,) if fixed else dtypes:
                     yield Check("options", shape, dtype, options, random_inputs, against_reference)
-                if "numerics" in given:
-                    break
     for shape in cases.LAYOUT_SHAPES[kind]:
         for layout in LAYOUTS:
-            for dtype in (BF16,) if quick else (BF16, FP32):
+            for dtype in (BF16,) if quick or kind == "cuda" else (BF16, FP32):
                 run, note = partial(strided, layout=layout), {"layout": layout}
                 yield Check("strided", shape, dtype, {"expert_scale": True}, random_inputs, run, note)
 
@@ -85,31 +83,32 @@ def _self_checks(kind: str, quick: bool) -> Iterator[Check]:
                 yield Check("batch", (max(sizes), *shape), dtype, {"numerics": numerics}, random_inputs, run)
 
 
+def _in_turn(options: Sequence[dict], dtypes: Sequence[torch.dtype], full: int) -> Iterator[tuple]:
+    """(options, dtype): every dtype for the first `full` options, one in turn for each of the others."""
+    for index, given in enumerate(options):
+        for dtype in dtypes if index < full else (dtypes[index % len(dtypes)],):
+            yield given, dtype
+
+
 def _lattice_checks(kind: str, quick: bool, dtypes: Sequence[torch.dtype] = FLOATS) -> Iterator[Check]:
     """Exact inputs against float64 and the published layers; their arithmetic need not be this device's."""
-    for shape in cases.LATTICE_SHAPES[:: 3 if quick else 1]:
-        for index, options in enumerate(cases.LATTICE_OPTIONS):
-            # All dtypes for the first two, one in turn for the others: the loops in float64 are slow.
-            for dtype in dtypes if index < 2 else (dtypes[index % len(dtypes)],):
-                yield Check("lattice", shape, dtype, options, lattice_inputs, against_float64)
+    for shape in cases.LATTICE_SHAPES[kind][:: 3 if quick else 1]:
+        for options, dtype in _in_turn(cases.LATTICE_OPTIONS, dtypes, full=2):
+            yield Check("lattice", shape, dtype, options, lattice_inputs, against_float64)
         if (shape[0] * shape[5]).bit_count() == 1:
             yield Check("lattice", shape, dtypes[0], {"load": True}, lattice_inputs, against_float64)
     for shape in cases.PUBLISHED_SHAPES[kind][:: 3 if quick else 1]:
-        for dtype in dtypes:
-            for given in cases.PUBLISHED_OPTIONS:
-                options = {"numerics": "eager"} | given
-                yield Check("published", shape, dtype, options, lattice_inputs, against_published)
-                forward = partial(against_published, gradients=False)
-                yield Check("rounding", shape, dtype, options, rounding_inputs, forward)
+        for given, dtype in _in_turn(cases.PUBLISHED_OPTIONS, dtypes, full=1 if kind == "cuda" else 3):
+            options, forward = {"numerics": "eager"} | given, partial(against_published, gradients=False)
+            yield Check("published", shape, dtype, options, lattice_inputs, against_published)
+            yield Check("rounding", shape, dtype, options, rounding_inputs, forward)
 
 
 def _published_random_checks(quick: bool) -> Iterator[Check]:
     for shape in cases.PUBLISHED_RANDOM_SHAPES[:: 3 if quick else 1]:
         for dtype in FLOATS[:2]:
             run = partial(against_published, gradients=False)
-            yield Check(
-                "published", shape, dtype, {"numerics": "eager"}, random_inputs, run, {"inputs": "random"}
-            )
+            yield Check("published", shape, dtype, {"numerics": "eager"}, random_inputs, run, {"inputs": "random"})
 
 
 def checks_for(impl: str, device: torch.device, quick: bool) -> Iterator[Check]:
@@ -130,10 +129,10 @@ def run_checks(
     devices: Sequence[str], impls: Sequence[str] | None = None, quick: bool = False,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:  # fmt: skip
-    """Every check of the given, or all available, implementations; an exception is a mismatch of its row."""
+    """Every check of the available implementations, or the given among them; an exception is a mismatch."""
     rows = []
     for device in map(torch.device, devices):
-        for impl in impls or available_impls(device):
+        for impl in (impl for impl in available_impls(device) if impls is None or impl in impls):
             for check in checks_for(impl, device, quick):
                 start = time.perf_counter()
                 try:

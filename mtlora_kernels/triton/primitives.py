@@ -10,11 +10,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from ..reference.arithmetic import FP32_CHUNK, SUM_ROWS
-from .configs import INTERPRET
+from ..reference.arithmetic import FP32_CHUNK, SUM_ROWS, token_chunk
+from .configs import INTERPRET, Tile
+from .launch import launch
 
 _INTERPRET = tl.constexpr(INTERPRET)
 _SUM_ROWS = tl.constexpr(SUM_ROWS)
+_ROW_TILE = Tile(1, 0, 0, 1, 1)
+_PART_TILE = Tile(1, 1024, 0, 4, 1)
 
 
 @triton.jit
@@ -126,9 +129,40 @@ def sum_rows(v: Tensor) -> Tensor:
     first = True
     while first or v.shape[0] > 1:
         out = v.new_empty(triton.cdiv(v.shape[0], SUM_ROWS), n, dtype=torch.float32)
-        _sum_rows_kernel[(out.shape[0],)](v, out, v.shape[0], n, triton.next_power_of_2(n), num_warps=1)
+        launch(
+            _sum_rows_kernel, (out.shape[0], 1, 1), _ROW_TILE, v_ptr=v, out_ptr=out, rows=v.shape[0], N=n,
+            NP=triton.next_power_of_2(n),
+        )  # fmt: skip
         v, first = out, False
     return v[0]
+
+
+@triton.jit(do_not_specialize=["size"])
+def _sum_parts_kernel(parts_ptr, out_ptr, factor, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+    """out = factor * (part 0 + part 1 + ...) in that order."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.load(parts_ptr + o, o < size, other=0.0)
+    for i in tl.static_range(1, PARTS):
+        acc += tl.load(parts_ptr + i * size.to(tl.int64) + o, o < size, other=0.0)
+    tl.store(out_ptr + o, (acc * factor).to(out_ptr.dtype.element_ty), o < size)
+
+
+def token_parts(like: Tensor, tokens: int) -> Tensor:
+    """fp32 [chunks of tokens, *like.shape]: the partial sums of a product whose K is all tokens."""
+    return like.new_empty(triton.cdiv(tokens, token_chunk(tokens)), *like.shape, dtype=torch.float32)
+
+
+def sum_parts(parts: Tensor, like: Tensor, factor: float) -> Tensor:
+    """factor * the ordered sum of parts, in the dtype of like."""
+    out = like.new_empty(like.shape)
+    if parts.shape[0] == 0:
+        return out.zero_()
+    size, block = out.numel(), _PART_TILE.columns
+    launch(
+        _sum_parts_kernel, (triton.cdiv(size, block), 1, 1), _PART_TILE, parts_ptr=parts, out_ptr=out, factor=factor,
+        size=size, PARTS=parts.shape[0], BLOCK=block,
+    )  # fmt: skip
+    return out
 
 
 def fp32_chunk(fp32: bool) -> int:

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.arithmetic import next_power_of_two
+from ..reference.arithmetic import next_power_of_two, token_chunk
 from ..reference.routed_lora import inverse_count, uses_group_form
 from ..reference.routed_lora_bwd import expert_block
 from . import configs
+from .launch import launch, on_device
 from .primitives import (
     dot,
     drop,
@@ -27,7 +28,9 @@ from .primitives import (
     fp32_chunk,
     load_weights,
     mixed_h,
+    sum_parts,
     sum_rows,
+    token_parts,
     tree_sum,
 )
 from .routed_lora_bwd_small import contract_small, grad_b_small
@@ -78,9 +81,7 @@ def _contract_kernel(
                     tl.zeros([BT, EXPERTS * RP], tl.float32), E, O, S, N, R, RP, BO,
                 )  # fmt: skip
         else:
-            c = _contract_range(
-                dout_ptr, stride_t, stride_o, b_ptr, o_t, m_t, i_g, i_n, 0, S, c, E, O, S, N, R, RP, BO
-            )
+            c = _contract_range(dout_ptr, stride_t, stride_o, b_ptr, o_t, m_t, i_g, i_n, 0, S, c, E, O, S, N, R, RP, BO)
         c = tl.reshape(c, [BT, EXPERTS, RP])
         dw = tree_sum(c * b_h[:, None, :])
         at = dw_ptr + (o_t.to(tl.int64)[:, None] * G + i_g) * N + o_n[None, :]
@@ -135,14 +136,20 @@ def _route_kernel(
 
 
 @triton.jit
-def _rows_times(rows_ptr, b_ptr, o_t, m_t, o_d, m_d, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr):
+def _rows_times(
+    rows_ptr, b_ptr, o_t, m_t, o_d, m_d, K: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, CHUNK: tl.constexpr
+):
     """rows [BT, K] x b [K, BD] of contiguous rows [T, K] and b [K, D]."""
     acc = tl.zeros([o_t.shape[0], o_d.shape[0]], tl.float32)
     chunk = tl.zeros([o_t.shape[0], o_d.shape[0]], tl.float32)
     for i_k in range(0, K, BK):
         o_k = i_k + tl.arange(0, BK)
-        b_r = tl.load(rows_ptr + o_t.to(tl.int64)[:, None] * K + o_k[None, :], m_t[:, None] & (o_k < K)[None, :], other=0.0)
-        b_b = tl.load(b_ptr + o_k.to(tl.int64)[:, None] * D + o_d[None, :], (o_k < K)[:, None] & m_d[None, :], other=0.0)
+        b_r = tl.load(
+            rows_ptr + o_t.to(tl.int64)[:, None] * K + o_k[None, :], m_t[:, None] & (o_k < K)[None, :], other=0.0
+        )
+        b_b = tl.load(
+            b_ptr + o_k.to(tl.int64)[:, None] * D + o_d[None, :], (o_k < K)[:, None] & m_d[None, :], other=0.0
+        )
         if CHUNK:
             chunk = dot(b_r, b_b, chunk)
             if (i_k + BK) % CHUNK == 0:
@@ -173,13 +180,13 @@ def _grad_x_kernel(
     tl.store(at, dx.to(dx_ptr.dtype.element_ty), m_t[:, None] & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "tokens"])
 def _grad_b_kernel(
-    dout_ptr, h_ptr, pi_ptr, scale_ptr, db_ptr, scaling, T, stride_t, stride_o, O: tl.constexpr, G: tl.constexpr,
+    dout_ptr, h_ptr, pi_ptr, scale_ptr, parts_ptr, T, tokens, stride_t, stride_o, O: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EXPERTS: tl.constexpr, HAS_SCALE: tl.constexpr,
     CHUNK: tl.constexpr, BO: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """db of BO outputs of one group and EXPERTS experts; K walks all tokens, BT a step."""
+    """One part of db, of BO outputs of one group and EXPERTS experts; K walks a chunk of tokens, BT a step."""
     E: tl.constexpr = h_ptr.dtype.element_ty
     S: tl.constexpr = O // G
     tiles_per_group: tl.constexpr = (S + BO - 1) // BO
@@ -192,12 +199,15 @@ def _grad_b_kernel(
     o_r = tl.arange(0, RP)
     acc = tl.zeros([BO, EXPERTS * RP], tl.float32)
     chunk = tl.zeros([BO, EXPERTS * RP], tl.float32)
-    for i_t in range(0, T, BT):
+    lo = tl.program_id(2) * tokens
+    for i_t in range(lo, min(lo + tokens, T), BT):
         o_t = i_t + tl.arange(0, BT)
         m_t = o_t < T
         at = dout_ptr + o_t.to(tl.int64)[None, :] * stride_t + o_o[:, None] * stride_o
         b_g = tl.load(at, m_o[:, None] & m_t[None, :], other=0.0).to(E)  # [BO, BT]
-        b_h = tl.load(h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :], m_t[:, None] & (o_r < R)[None, :], other=0.0)
+        b_h = tl.load(
+            h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :], m_t[:, None] & (o_r < R)[None, :], other=0.0
+        )
         w = load_weights(pi_ptr, scale_ptr, o_t, i_g, o_n, T, N, G, HAS_SCALE)
         if CHUNK:
             chunk = dot(b_g, mixed_h(b_h, w), chunk)
@@ -210,15 +220,17 @@ def _grad_b_kernel(
         acc += chunk
     o_c = tl.arange(0, EXPERTS * RP)
     c_n, c_r = i_n + o_c // RP, o_c % RP
-    at = db_ptr + (c_n * O)[None, :] * R + c_r[None, :] + o_o[:, None] * R
-    tl.store(at, (acc * scaling).to(db_ptr.dtype.element_ty), m_o[:, None] & ((c_n < N) & (c_r < R))[None, :])
+    at = parts_ptr + (tl.program_id(2) * N + c_n).to(tl.int64)[None, :] * (O * R) + c_r[None, :] + o_o[:, None] * R
+    tl.store(at, acc, m_o[:, None] & ((c_n < N) & (c_r < R))[None, :])
 
 
 @triton.jit
 def _add_rows(x, rows_ptr, o_t, o_c, T, acc, total, ends_chunk, COUNT: tl.constexpr, CHUNK: tl.constexpr):
     """acc [BD, BC] + x^T rows over a step of tokens; fp32 moves acc into total when a chunk of K is complete."""
     b_r = tl.load(
-        rows_ptr + o_t.to(tl.int64)[:, None] * COUNT + o_c[None, :], (o_t < T)[:, None] & (o_c < COUNT)[None, :], other=0.0
+        rows_ptr + o_t.to(tl.int64)[:, None] * COUNT + o_c[None, :],
+        (o_t < T)[:, None] & (o_c < COUNT)[None, :],
+        other=0.0,
     )
     acc = dot(tl.trans(x), b_r, acc)
     if CHUNK:
@@ -228,13 +240,13 @@ def _add_rows(x, rows_ptr, o_t, o_c, T, acc, total, ends_chunk, COUNT: tl.conste
     return acc, total
 
 
-@triton.jit(do_not_specialize=["T", "threshold"])
+@triton.jit(do_not_specialize=["T", "tokens", "threshold"])
 def _grad_rows_kernel(
-    x_ptr, dh_ptr, dlogits_ptr, da_ptr, dr_ptr, seed_ptr, threshold, inverse_keep, T, stride_t, stride_d, D: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr, GN: tl.constexpr, HAS_A: tl.constexpr, HAS_ROUTER: tl.constexpr,
+    x_ptr, dh_ptr, dlogits_ptr, da_ptr, dr_ptr, seed_ptr, threshold, inverse_keep, T, tokens, stride_t, stride_d,
+    D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, GN: tl.constexpr, HAS_A: tl.constexpr, HAS_ROUTER: tl.constexpr,
     DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BD: tl.constexpr, BC: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """da [R, D] = dh^T dropout(x) and dr [GN, D] = dlogits^T x as their transposes; K walks all tokens."""
+    """One part of da [R, D] = dh^T dropout(x) and dr [GN, D] = dlogits^T x; K walks a chunk of tokens."""
     E: tl.constexpr = dh_ptr.dtype.element_ty
     i_d = tl.program_id(1) * BD
     o_d = i_d + tl.arange(0, BD)
@@ -245,7 +257,8 @@ def _grad_rows_kernel(
     sum_a = tl.zeros([BD, RP], tl.float32)
     acc_r = tl.zeros([BD, BC], tl.float32)
     sum_r = tl.zeros([BD, BC], tl.float32)
-    for i_t in range(0, T, BT):
+    lo = tl.program_id(2) * tokens
+    for i_t in range(lo, min(lo + tokens, T), BT):
         o_t = i_t + tl.arange(0, BT)
         at = x_ptr + o_t.to(tl.int64)[:, None] * stride_t + o_d[None, :] * stride_d
         b_x = tl.load(at, (o_t < T)[:, None] & m_d[None, :], other=0.0).to(E)  # [BT, BD]
@@ -263,11 +276,11 @@ def _grad_rows_kernel(
         acc_a += sum_a
         acc_r += sum_r
     if HAS_A:
-        at = da_ptr + o_r.to(tl.int64)[None, :] * D + o_d[:, None]
-        tl.store(at, acc_a.to(da_ptr.dtype.element_ty), m_d[:, None] & (o_r < R)[None, :])
+        at = da_ptr + (tl.program_id(2) * R + o_r).to(tl.int64)[None, :] * D + o_d[:, None]
+        tl.store(at, acc_a, m_d[:, None] & (o_r < R)[None, :])
     if HAS_ROUTER:
-        at = dr_ptr + o_c.to(tl.int64)[None, :] * D + o_d[:, None]
-        tl.store(at, acc_r.to(dr_ptr.dtype.element_ty), m_d[:, None] & (o_c < GN)[None, :])
+        at = dr_ptr + (tl.program_id(2) * GN + o_c).to(tl.int64)[None, :] * D + o_d[:, None]
+        tl.store(at, acc_r, m_d[:, None] & (o_c < GN)[None, :])
 
 
 def _contract(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
@@ -277,11 +290,12 @@ def _contract(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
     block = expert_block(experts, rank)
     dw = h.new_empty(tokens, groups, experts, dtype=torch.float32)
     dh = h.new_empty(triton.cdiv(experts, block), tokens, rank, dtype=torch.float32)
-    tile = configs.contract(tokens, fp32)
-    _contract_kernel[(dh.shape[0], triton.cdiv(tokens, tile.rows))](
-        dout, b, h, pi, expert_scale, dw, dh, tokens, *dout.stride(), O=d_out, G=groups, N=experts, R=rank, RP=rank_p,
-        EXPERTS=max(block, 16 // rank_p), HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.depth,
-        **tile.launch,
+    tile = configs.contract(tokens, fp32, dout.dtype == h.dtype)
+    launch(
+        _contract_kernel, (dh.shape[0], triton.cdiv(tokens, tile.rows), 1), tile, dout_ptr=dout, b_ptr=b, h_ptr=h,
+        pi_ptr=pi, scale_ptr=expert_scale, dw_ptr=dw, dh_ptr=dh, T=tokens, stride_t=dout.stride(0),
+        stride_o=dout.stride(1), O=d_out, G=groups, N=experts, R=rank, RP=rank_p, EXPERTS=max(block, 16 // rank_p),
+        HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.depth,
     )  # fmt: skip
     return dw, dh
 
@@ -296,11 +310,13 @@ def _route(dw, dh_parts, h, pi, expert_scale, dload, scaling, activation, has_ro
     dpi = torch.empty_like(dw) if needs_dpi else None
     weighted = None if expert_scale is None else torch.empty_like(dw)
     tile = configs.route(group_block * padded)
-    _route_kernel[(triton.cdiv(tokens, tile.rows), triton.cdiv(groups, group_block))](
-        dw, dh_parts, h, pi, expert_scale, dload, dlogits, dpi, dh, weighted, scaling,
-        inverse_count(tokens, groups), tokens, dh_parts.shape[0], N=experts, NP=padded, G=groups, GB=group_block, R=rank,
+    launch(
+        _route_kernel, (triton.cdiv(tokens, tile.rows), triton.cdiv(groups, group_block), 1), tile, dw_ptr=dw,
+        dh_ptr=dh_parts, h_ptr=h, pi_ptr=pi, scale_ptr=expert_scale, dload_ptr=dload, dlogits_ptr=dlogits, dpi_ptr=dpi,
+        dh_out_ptr=dh, weighted_ptr=weighted, scaling=scaling, inverse_count=inverse_count(tokens, groups), T=tokens,
+        BLOCKS=dh_parts.shape[0], N=experts, NP=padded, G=groups, GB=group_block, R=rank,
         RP=next_power_of_two(rank), HAS_SCALE=expert_scale is not None, HAS_LOAD=dload is not None,
-        HAS_ROUTER=has_router, HAS_DPI=needs_dpi, RELU=activation == "relu", BT=tile.rows, **tile.launch,
+        HAS_ROUTER=has_router, HAS_DPI=needs_dpi, RELU=activation == "relu", BT=tile.rows,
     )  # fmt: skip
     ds = None if weighted is None else sum_rows(weighted.view(-1, experts)) * scaling
     return dh, dlogits, dpi, ds
@@ -309,12 +325,13 @@ def _route(dw, dh_parts, h, pi, expert_scale, dload, scaling, activation, has_ro
 def _grad_x(x, dh, a, dlogits, router, seed, dropout_p) -> Tensor:
     (tokens, d_in), rank = x.shape, dh.shape[1]
     fp32 = dh.dtype == torch.float32
-    tile = configs.grad_x(fp32)
+    tile = configs.grad_x(0 if router is None else router.shape[0], fp32)
     dx = x.new_empty(tokens, d_in)
-    _grad_x_kernel[(triton.cdiv(d_in, tile.columns), triton.cdiv(tokens, tile.rows))](
-        dh, a, dlogits, router, dx, T=tokens, D=d_in, R=rank, RP=max(16, next_power_of_two(rank)),
-        GN=0 if router is None else router.shape[0], HAS_ROUTER=router is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows,
-        BD=tile.columns, BK=tile.depth, **dropout_arguments(seed, dropout_p), **tile.launch,
+    launch(
+        _grad_x_kernel, (triton.cdiv(d_in, tile.columns), triton.cdiv(tokens, tile.rows), 1), tile, dh_ptr=dh, a_ptr=a,
+        dlogits_ptr=dlogits, router_ptr=router, dx_ptr=dx, T=tokens, D=d_in, R=rank,
+        RP=max(16, next_power_of_two(rank)), GN=0 if router is None else router.shape[0], HAS_ROUTER=router is not None,
+        CHUNK=fp32_chunk(fp32), BT=tile.rows, BD=tile.columns, BK=tile.depth, **dropout_arguments(seed, dropout_p),
     )  # fmt: skip
     return dx
 
@@ -324,41 +341,45 @@ def _grad_b(dout, h, pi, lora_b, expert_scale, scaling) -> Tensor:
     fp32, rank_p = h.dtype == torch.float32, next_power_of_two(rank)
     tile = configs.grad_b(fp32)
     block = max(1, min(next_power_of_two(experts) * rank_p, tile.columns) // rank_p, 16 // rank_p)
-    db = lora_b.new_empty(lora_b.shape)
-    grid = (triton.cdiv(experts, block), groups * triton.cdiv(d_out // groups, tile.rows))
-    _grad_b_kernel[grid](
-        dout, h, pi, expert_scale, db, scaling, tokens, *dout.stride(), O=d_out, G=groups, N=experts, R=rank, RP=rank_p,
-        EXPERTS=block, HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BO=tile.rows, BT=tile.depth, **tile.launch,
+    parts = token_parts(lora_b, tokens)
+    grid = (triton.cdiv(experts, block), groups * triton.cdiv(d_out // groups, tile.rows), parts.shape[0])
+    launch(
+        _grad_b_kernel, grid, tile, dout_ptr=dout, h_ptr=h, pi_ptr=pi, scale_ptr=expert_scale, parts_ptr=parts,
+        T=tokens, tokens=token_chunk(tokens), stride_t=dout.stride(0),
+        stride_o=dout.stride(1), O=d_out, G=groups, N=experts,
+        R=rank, RP=rank_p, EXPERTS=block, HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BO=tile.rows,
+        BT=tile.depth,
     )  # fmt: skip
-    return db
+    return sum_parts(parts, lora_b, scaling)
 
 
 def _grad_rows(x, dh, dlogits, lora_a, router, need_a, need_router, seed, dropout_p):
     """d(lora_a) and d(router), each in its own dtype, or None; x is read once when one tile holds both."""
     (tokens, d_in), rank = x.shape, dh.shape[1]
-    da = lora_a.new_empty(lora_a.shape) if need_a else None
-    dr = router.new_empty(router.shape) if need_router else None
+    da = token_parts(lora_a, tokens) if need_a else None
+    dr = token_parts(router, tokens) if need_router else None
     count = router.shape[0] if need_router else 1
     fp32 = dh.dtype == torch.float32
     tile = configs.grad_rows(count, fp32)
 
-    def launch(has_a: bool, has_router: bool) -> None:
-        grid = (triton.cdiv(count, tile.columns) if has_router else 1, triton.cdiv(d_in, tile.rows))
-        _grad_rows_kernel[grid](
-            x, dh, dlogits, da, dr, T=tokens, stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank,
+    def run(has_a: bool, has_router: bool) -> None:
+        columns = triton.cdiv(count, tile.columns) if has_router else 1
+        grid = (columns, triton.cdiv(d_in, tile.rows), triton.cdiv(tokens, token_chunk(tokens)))
+        launch(
+            _grad_rows_kernel, grid, tile, x_ptr=x, dh_ptr=dh, dlogits_ptr=dlogits, da_ptr=da, dr_ptr=dr,
+            T=tokens, tokens=token_chunk(tokens), stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank,
             RP=max(16, next_power_of_two(rank)), GN=count, HAS_A=has_a, HAS_ROUTER=has_router, CHUNK=fp32_chunk(fp32),
             BD=tile.rows, BC=tile.columns if has_router else 16, BT=tile.depth, **dropout_arguments(seed, dropout_p),
-            **tile.launch,
         )  # fmt: skip
 
     if need_a and need_router and count <= tile.columns:
-        launch(True, True)
+        run(True, True)
     else:
         if need_a:
-            launch(True, False)
+            run(True, False)
         if need_router:
-            launch(False, True)
-    return da, dr
+            run(False, True)
+    return sum_parts(da, lora_a, 1.0) if need_a else None, sum_parts(dr, router, 1.0) if need_router else None
 
 
 def routed_lora_bwd(
@@ -386,7 +407,7 @@ def routed_lora_bwd(
     router_e = None if router is None else router.to(E).contiguous()
     scale_e = None if expert_scale is None else expert_scale.to(E).contiguous()
     dx = da = db = dr = dpi = ds = None
-    with configs.on_device(x):
+    with on_device(x):
         group_form = uses_group_form(b.shape[1] // pi.shape[1])
         if need_b:
             db = (_grad_b if group_form else grad_b_small)(dout, h, pi, lora_b, scale_e, scaling)

@@ -1,8 +1,8 @@
 """Backward of small groups (below 16 outputs): through y_i = w_i dout, expert by expert.
 
-    d(w_i)[g] = sum over the group's outputs of dout (B_i h)
-    d(h)      = sum over (block of outputs, expert, output) of y_i B_i        K in that order
-    d(B_i)    = scaling * y_i^T h
+d(w_i)[g] = sum over the group's outputs of dout (B_i h)
+d(h)      = sum over (block of outputs, expert, output) of y_i B_i        K in that order
+d(B_i)    = scaling * y_i^T h
 """
 
 import torch
@@ -10,14 +10,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.arithmetic import next_power_of_two
+from ..reference.arithmetic import next_power_of_two, token_chunk
 from ..reference.routed_lora_bwd import EXPERT_FORM_BLOCK
 from . import configs
-from .primitives import dot, fp32_chunk, tree_sum
+from .launch import launch
+from .primitives import dot, fp32_chunk, sum_parts, token_parts, tree_sum
 
 
 @triton.jit
-def _load_y(dout_ptr, pi_ptr, scale_ptr, o_t, o_o, i_n, m, stride_t, stride_o, E: tl.constexpr, S: tl.constexpr, G: tl.constexpr, N: tl.constexpr, HAS_SCALE: tl.constexpr):
+def _load_y(
+    dout_ptr,
+    pi_ptr,
+    scale_ptr,
+    o_t,
+    o_o,
+    i_n,
+    m,
+    stride_t,
+    stride_o,
+    E: tl.constexpr,
+    S: tl.constexpr,
+    G: tl.constexpr,
+    N: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+):
     """y_i = E(w_i dout) on the tile of tokens o_t and outputs o_o, whose shapes broadcast."""
     g = tl.load(dout_ptr + o_t.to(tl.int64) * stride_t + o_o * stride_o, m, other=0.0).to(E).to(tl.float32)
     w = tl.load(pi_ptr + (o_t.to(tl.int64) * G + o_o // S) * N + i_n, m, other=0.0).to(tl.float32)
@@ -87,13 +103,13 @@ def _grad_h_kernel(
     tl.store(dh_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :], acc, (o_t < T)[:, None] & (o_r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "tokens"])
 def _grad_b_small_kernel(
-    dout_ptr, h_ptr, pi_ptr, scale_ptr, db_ptr, scaling, T, stride_t, stride_o, O: tl.constexpr, G: tl.constexpr,
+    dout_ptr, h_ptr, pi_ptr, scale_ptr, parts_ptr, T, tokens, stride_t, stride_o, O: tl.constexpr, G: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_SCALE: tl.constexpr, CHUNK: tl.constexpr, BO: tl.constexpr,
     BT: tl.constexpr,
 ):  # fmt: skip
-    """db [BO, R] of one expert; K walks all tokens, BT a step."""
+    """One part of db [BO, R] of one expert; K walks a chunk of tokens, BT a step."""
     E: tl.constexpr = h_ptr.dtype.element_ty
     S: tl.constexpr = O // G
     i_n = tl.program_id(0)
@@ -102,14 +118,17 @@ def _grad_b_small_kernel(
     m_o = o_o < O
     acc = tl.zeros([BO, RP], tl.float32)
     chunk = tl.zeros([BO, RP], tl.float32)
-    for i_t in range(0, T, BT):
+    lo = tl.program_id(2) * tokens
+    for i_t in range(lo, min(lo + tokens, T), BT):
         o_t = i_t + tl.arange(0, BT)
         m_t = o_t < T
         y = _load_y(
             dout_ptr, pi_ptr, scale_ptr, o_t[:, None], o_o[None, :], i_n, m_t[:, None] & m_o[None, :], stride_t,
             stride_o, E, S, G, N, HAS_SCALE,
         )  # fmt: skip
-        b_h = tl.load(h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :], m_t[:, None] & (o_r < R)[None, :], other=0.0)
+        b_h = tl.load(
+            h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :], m_t[:, None] & (o_r < R)[None, :], other=0.0
+        )
         if CHUNK:
             chunk = dot(tl.trans(y), b_h, chunk)
             if (i_t + BT) % CHUNK == 0:
@@ -119,25 +138,33 @@ def _grad_b_small_kernel(
             acc = dot(tl.trans(y), b_h, acc)
     if CHUNK:
         acc += chunk
-    at = db_ptr + (i_n * O + o_o).to(tl.int64)[:, None] * R + o_r[None, :]
-    tl.store(at, (acc * scaling).to(db_ptr.dtype.element_ty), m_o[:, None] & (o_r < R)[None, :])
+    at = parts_ptr + ((tl.program_id(2) * N + i_n).to(tl.int64) * O + o_o)[:, None] * R + o_r[None, :]
+    tl.store(at, acc, m_o[:, None] & (o_r < R)[None, :])
 
 
 def contract_small(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
     """dw fp32 [T, G, N] and dh fp32 [1, T, r]."""
     (tokens, groups, experts), (_, d_out, rank) = pi.shape, b.shape
-    fp32, rank_p, size_p = h.dtype == torch.float32, max(16, next_power_of_two(rank)), next_power_of_two(d_out // groups)
+    fp32, rank_p, size_p = (
+        h.dtype == torch.float32,
+        max(16, next_power_of_two(rank)),
+        next_power_of_two(d_out // groups),
+    )
     dw = h.new_empty(tokens, groups, experts, dtype=torch.float32)
     dh = h.new_empty(1, tokens, rank, dtype=torch.float32)
-    common = {"O": d_out, "G": groups, "N": experts, "R": rank, "RP": rank_p}
+    common = {
+        "dout_ptr": dout, "b_ptr": b, "T": tokens, "stride_t": dout.stride(0), "stride_o": dout.stride(1), "O": d_out,
+        "G": groups, "N": experts, "R": rank, "RP": rank_p,
+    }  # fmt: skip
     tile = configs.small_groups(fp32)
     group_block = tile.columns // size_p
-    _grad_w_kernel[(triton.cdiv(groups, group_block), triton.cdiv(tokens, tile.rows))](
-        dout, b, h, dw, tokens, *dout.stride(), SP=size_p, GB=group_block, BT=tile.rows, **common, **tile.launch
-    )
-    _grad_h_kernel[(triton.cdiv(tokens, tile.rows),)](
-        dout, b, pi, expert_scale, dh, tokens, *dout.stride(), HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32),
-        BT=tile.rows, BO=EXPERT_FORM_BLOCK, **common, **tile.launch,
+    launch(
+        _grad_w_kernel, (triton.cdiv(groups, group_block), triton.cdiv(tokens, tile.rows), 1), tile, h_ptr=h, dw_ptr=dw,
+        SP=size_p, GB=group_block, BT=tile.rows, **common,
+    )  # fmt: skip
+    launch(
+        _grad_h_kernel, (triton.cdiv(tokens, tile.rows), 1, 1), tile, pi_ptr=pi, scale_ptr=expert_scale, dh_ptr=dh,
+        HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=EXPERT_FORM_BLOCK, **common,
     )  # fmt: skip
     return dw, dh
 
@@ -145,10 +172,12 @@ def contract_small(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
 def grad_b_small(dout, h, pi, lora_b, expert_scale, scaling) -> Tensor:
     (tokens, groups, experts), (_, d_out, rank) = pi.shape, lora_b.shape
     tile = configs.small_groups(h.dtype == torch.float32)
-    db = lora_b.new_empty(lora_b.shape)
-    _grad_b_small_kernel[(experts, triton.cdiv(d_out, tile.columns))](
-        dout, h, pi, expert_scale, db, scaling, tokens, *dout.stride(), O=d_out, G=groups, N=experts, R=rank,
-        RP=max(16, next_power_of_two(rank)), HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(h.dtype == torch.float32),
-        BO=tile.columns, BT=tile.depth, **tile.launch,
+    parts = token_parts(lora_b, tokens)
+    launch(
+        _grad_b_small_kernel, (experts, triton.cdiv(d_out, tile.columns), parts.shape[0]), tile, dout_ptr=dout, h_ptr=h,
+        pi_ptr=pi, scale_ptr=expert_scale, parts_ptr=parts, T=tokens, tokens=token_chunk(tokens),
+        stride_t=dout.stride(0), stride_o=dout.stride(1), O=d_out, G=groups, N=experts, R=rank,
+        RP=max(16, next_power_of_two(rank)), HAS_SCALE=expert_scale is not None,
+        CHUNK=fp32_chunk(h.dtype == torch.float32), BO=tile.columns, BT=tile.depth,
     )  # fmt: skip
-    return db
+    return sum_parts(parts, lora_b, scaling)

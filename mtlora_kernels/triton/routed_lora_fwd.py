@@ -1,9 +1,11 @@
 """Forward kernels of `routed_lora`: project x to h and pi, then expand to out. Two launches.
 
-    project   h = E(act(dropout(x) A^T)), pi = E(softmax(E(x R^T)))              x read once
-    expand    out = residual + scaling * z_g B_flat[g]^T                          groups of 16 outputs and more
-    expert_sum  the same as a sum over experts: small groups, and numerics "eager"
+project   h = E(act(dropout(x) A^T)), pi = E(softmax(E(x R^T)))              x read once
+expand    out = residual + scaling * z_g B_flat[g]^T                          groups of 16 outputs and more
+expert_sum  the same as a sum over experts: small groups, and numerics "eager"
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -13,6 +15,7 @@ from torch import Tensor
 from ..reference.arithmetic import next_power_of_two
 from ..reference.routed_lora import inverse_count, output_dtype, uses_group_form
 from . import configs
+from .launch import launch, on_device
 from .primitives import dot, drop, dropout_arguments, exp, fp32_chunk, load_weights, mixed_h, sum_rows, tree_sum
 
 
@@ -55,7 +58,9 @@ def _project_kernel(
     o_c = tl.arange(0, GB * NP)
     i_g = tl.program_id(1) * GB + o_c // NP
     m_row = (o_c % NP < N) & (i_g < G)
-    row_ptr = router_ptr + (i_g * N + o_c % NP).to(tl.int64) * D
+    row_ptr = a_ptr + o_c  # never read without a router
+    if HAS_ROUTER:
+        row_ptr = router_ptr + (i_g * N + o_c % NP).to(tl.int64) * D
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_ptr)
@@ -134,7 +139,7 @@ def _expand_kernel(
         if z_once:
             acc = dot(z, _load_experts(b_ptr, o_k, o_o, m_o, O, N, R, RP), acc)
         else:
-            for i_n in tl.static_range(0, N, EXPERTS):
+            for i_n in range(0, N, EXPERTS):
                 w = load_weights(pi_ptr, scale_ptr, o_t, tl.minimum(i_g, G - 1), i_n + o_n, T, N, G, HAS_SCALE)
                 b_b = _load_experts(b_ptr, i_n * RP + o_k, o_o, m_o, O, N, R, RP)
                 if CHUNK:
@@ -151,8 +156,8 @@ def _expand_kernel(
 def _expert_sum_kernel(
     h_ptr, pi_ptr, b_ptr, scale_ptr, residual_ptr, out_ptr, scaling, T, stride_t, stride_o,
     O: tl.constexpr, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, HAS_SCALE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, EAGER: tl.constexpr, SCALING_IN_E: tl.constexpr, INTO_RESIDUAL: tl.constexpr, ONE_GROUP: tl.constexpr,
-    BT: tl.constexpr, BO: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, EAGER: tl.constexpr, SCALING_IN_E: tl.constexpr, INTO_RESIDUAL: tl.constexpr,
+    ONE_GROUP: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """out [BT, BO] expert by expert. EAGER rounds where the published modules do."""
     E: tl.constexpr = h_ptr.dtype.element_ty
@@ -162,7 +167,9 @@ def _expert_sum_kernel(
     o_r = tl.arange(0, RP)
     m_o = o_o < O
     m = (o_t < T)[:, None] & m_o[None, :]
-    b_h = tl.load(h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :], (o_t < T)[:, None] & (o_r < R)[None, :], other=0.0)
+    b_h = tl.load(
+        h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :], (o_t < T)[:, None] & (o_r < R)[None, :], other=0.0
+    )
     if INTO_RESIDUAL:
         SUM: tl.constexpr = out_ptr.dtype.element_ty
         at = residual_ptr + o_t.to(tl.int64)[:, None] * stride_t + o_o[None, :] * stride_o
@@ -214,22 +221,23 @@ def _project(x, a, router, h, pi, seed, activation, dropout_p) -> None:
     group_block = next_power_of_two(groups) if one_tile else max(1, columns_cap // 2 // padded)
     group_block = max(group_block, 16 // padded)
 
-    def launch(has_h: bool, has_router: bool) -> None:
+    def run(has_h: bool, has_router: bool) -> None:
         columns = group_block * padded if has_router else 16
-        tile = configs.project(tokens, columns, fp32)
-        grid = (triton.cdiv(tokens, tile.rows), triton.cdiv(groups, group_block) if has_router else 1)
-        _project_kernel[grid](
-            x, a, router, h, pi, T=tokens, stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank,
-            RP=max(16, next_power_of_two(rank)), N=experts, NP=padded if has_router else 16, G=groups,
-            GB=group_block if has_router else 1, HAS_H=has_h, HAS_ROUTER=has_router, RELU=activation == "relu",
-            CHUNK=fp32_chunk(fp32), BT=tile.rows, BK=tile.depth, **dropout_arguments(seed, dropout_p), **tile.launch,
+        tile = configs.project(tokens, columns, fp32, x.dtype == h.dtype and dropout_p == 0)
+        grid = (triton.cdiv(tokens, tile.rows), triton.cdiv(groups, group_block) if has_router else 1, 1)
+        launch(
+            _project_kernel, grid, tile, x_ptr=x, a_ptr=a, router_ptr=router, h_ptr=h, pi_ptr=pi, T=tokens,
+            stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank, RP=max(16, next_power_of_two(rank)), N=experts,
+            NP=padded if has_router else 16, G=groups, GB=group_block if has_router else 1, HAS_H=has_h,
+            HAS_ROUTER=has_router, RELU=activation == "relu", CHUNK=fp32_chunk(fp32), BT=tile.rows, BK=tile.depth,
+            **dropout_arguments(seed, dropout_p),
         )  # fmt: skip
 
     if router is None or one_tile:
-        launch(True, router is not None)
+        run(True, router is not None)
     else:
-        launch(True, False)
-        launch(False, True)
+        run(True, False)
+        run(False, True)
 
 
 def _mix(h, pi, b, expert_scale, residual, out, scaling, numerics, accumulate_into_residual) -> None:
@@ -237,27 +245,33 @@ def _mix(h, pi, b, expert_scale, residual, out, scaling, numerics, accumulate_in
     group_size, fp32, rank_p = d_out // groups, h.dtype == torch.float32, next_power_of_two(rank)
     strides = (0, 0) if residual is None else residual.stride()
     common = {
-        "T": tokens, "stride_t": strides[0], "stride_o": strides[1], "O": d_out, "G": groups, "N": experts, "R": rank,
-        "HAS_SCALE": expert_scale is not None, "HAS_RESIDUAL": residual is not None,
+        "h_ptr": h, "pi_ptr": pi, "b_ptr": b, "scale_ptr": expert_scale, "residual_ptr": residual, "out_ptr": out,
+        "scaling": scaling, "T": tokens, "stride_t": strides[0], "stride_o": strides[1], "O": d_out, "G": groups,
+        "N": experts, "R": rank, "HAS_SCALE": expert_scale is not None, "HAS_RESIDUAL": residual is not None,
     }  # fmt: skip
     if numerics == "fp32" and uses_group_form(group_size):
-        tile = configs.expand(tokens, group_size, fp32)
+        tile = configs.expand(tokens, fp32)
         column_tiles = groups * triton.cdiv(group_size, tile.columns)
         row_tiles = triton.cdiv(tokens, tile.rows)
         tiles = configs.expand_tiles(row_tiles, column_tiles)
         experts_k = max(min(next_power_of_two(experts), 256 // rank_p), 16 // rank_p)
-        _expand_kernel[(triton.cdiv(column_tiles, tiles), row_tiles)](
-            h, pi, b, expert_scale, residual, out, scaling, RP=rank_p, EXPERTS=experts_k, CHUNK=fp32_chunk(fp32), BT=tile.rows,
-            BO=tile.columns, TILES=tiles, **common, **tile.launch,
+        launch(
+            _expand_kernel, (triton.cdiv(column_tiles, tiles), row_tiles, 1), tile, RP=rank_p, EXPERTS=experts_k,
+            CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.columns, TILES=tiles, **common,
         )  # fmt: skip
         return
     tile = configs.expert_sum(tokens, fp32)
-    _expert_sum_kernel[(triton.cdiv(d_out, tile.columns), triton.cdiv(tokens, tile.rows))](
-        h, pi, b, expert_scale, residual, out, scaling, RP=max(16, rank_p), EAGER=numerics == "eager",
-        SCALING_IN_E=torch.tensor(scaling, dtype=h.dtype).item() == scaling,
-        INTO_RESIDUAL=accumulate_into_residual, ONE_GROUP=group_size % tile.columns == 0, BT=tile.rows,
-        BO=tile.columns, **common, **tile.launch,
+    launch(
+        _expert_sum_kernel, (triton.cdiv(d_out, tile.columns), triton.cdiv(tokens, tile.rows), 1), tile,
+        RP=max(16, rank_p), EAGER=numerics == "eager", INTO_RESIDUAL=accumulate_into_residual,
+        SCALING_IN_E=_representable(scaling, h.dtype), ONE_GROUP=group_size % tile.columns == 0, BT=tile.rows,
+        BO=tile.columns, **common,
     )  # fmt: skip
+
+
+@cache
+def _representable(value: float, dtype: torch.dtype) -> bool:
+    return torch.tensor(value, dtype=dtype).item() == value
 
 
 def routed_lora_fwd(
@@ -293,11 +307,11 @@ def routed_lora_fwd(
     else:
         pi = x.new_empty(tokens, num_groups, experts, dtype=E)
     if tokens:
-        with configs.on_device(x):
+        with on_device(x):
             _project(x, a, router, h, pi, seed, activation, dropout_p)
             _mix(h, pi, b, expert_scale, residual, out, scaling, numerics, accumulate_into_residual)
     load = x.new_empty(0, dtype=torch.float32)
     if return_load:
-        with configs.on_device(x):
+        with on_device(x):
             load = sum_rows(pi.view(-1, experts)) * inverse_count(tokens, num_groups)
     return out, load, h, pi

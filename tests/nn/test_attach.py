@@ -24,11 +24,20 @@ class Attention(nn.Module):
         return self.proj(hidden_states).tanh(), None
 
 
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 20), nn.Linear(20, WIDTH)
+
+    def forward(self, x):
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
 class Layer(nn.Module):
     def __init__(self):
         super().__init__()
         self.attention = Attention()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 20), nn.GELU(), nn.Linear(20, WIDTH))
+        self.mlp = Mlp()
 
     def forward(self, x):
         x = x + self.attention(hidden_states=x, mask=None)[0]
@@ -153,6 +162,7 @@ def test_compiled_equals_eager(checkpointing):
     expected = results(model, model, x)
     loads = [module.last_load.clone() for module in model.modules() if hasattr(module, "last_load")]
     model.checkpointing = checkpointing
+    torch._dynamo.reset()  # a float that differs from an earlier test's would be traced as a symbol
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_equal(results(model, compiled, x), expected)
     assert loads and all(load.any() for load in loads)
@@ -202,6 +212,14 @@ def test_blocks_that_cannot_be_adapted_say_so():
         model["block"](states=x)
     with pytest.raises(TypeError, match="Other returned dict"):
         model["block"](x)
+
+
+@pytest.mark.parametrize("container", [nn.Sequential(nn.Linear(2, 2)), nn.ModuleList()])
+def test_containers_are_refused(container):
+    """A Sequential would run the adapter as one more layer."""
+    model = nn.ModuleDict({"block": container})
+    with pytest.raises(ValueError, match=r"block is a \w+, it must be a module with its own forward"):
+        mk.nn.attach_block_adapters(model, ["block"], WIDTH, 2, 3)
 
 
 def test_adapter_is_made_on_the_device_of_its_block():

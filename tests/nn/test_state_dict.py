@@ -4,7 +4,10 @@ import io
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 import mtlora_kernels as mk
 
@@ -113,9 +116,7 @@ def test_size_mismatch_names_the_expert():
     module = MAKERS["lowrank"]()
     values = published_values(module)
     values["lora_B.2.weight"] = torch.randn(12, 4)
-    with pytest.raises(
-        RuntimeError, match=r"size mismatch for lora_B\.2\.weight: \(12, 4\) given, \(12, 2\)"
-    ):
+    with pytest.raises(RuntimeError, match=r"size mismatch for lora_B\.2\.weight: \(12, 4\) given, \(12, 2\)"):
         module.load_state_dict(values)
 
 
@@ -140,3 +141,20 @@ def test_values_alias_the_parameters_as_in_any_module():
     module.state_dict()["lora_B.1.weight"].fill_(3)
     assert (module.lora_B[1] == 3).all() and not module.lora_B[0].any()
     assert module.state_dict(keep_vars=True)["lora_B.0.weight"].requires_grad
+
+
+def test_fully_sharded_modules_save_and_load():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        source, target = MAKERS["adaptformer"](), MAKERS["adaptformer"]()
+        values = published_values(source)
+        source.load_state_dict(values)
+        fully_shard(source, mesh=mesh)
+        fully_shard(target, mesh=mesh)
+        target.load_state_dict(source.state_dict())
+        assert isinstance(target.lora_B, DTensor)
+        loaded = target.state_dict()
+        assert all(torch.equal(loaded[name].full_tensor(), value) for name, value in values.items())
+    finally:
+        distributed.destroy_process_group()

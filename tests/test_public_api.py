@@ -1,0 +1,93 @@
+"""The public names, and the documentation's list of implementations."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import mtlora_kernels as mk
+from mtlora_kernels.dispatch import IMPLS
+
+ROOT = Path(mk.__file__).parents[1]
+
+EXPORTS = {"available_impls", "balance_loss", "nn", "routed_lora", "testing"}
+TESTING = {
+    "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_results",
+    "lattice_inputs", "published_layer", "random_inputs", "rounding_inputs", "run_case", "run_checks", "with_layout",
+}  # fmt: skip
+
+
+def test_exports():
+    assert set(mk.__all__) - {"nn"} == EXPORTS - {"nn"}
+    for name in mk.__all__:
+        assert getattr(mk, name) is not None
+    assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", mk.__version__)
+
+
+def test_testing_exports():
+    assert set(mk.testing.__all__) == TESTING
+    for name in mk.testing.__all__:
+        assert getattr(mk.testing, name).__doc__
+
+
+def test_signature_of_routed_lora():
+    parameters = inspect.signature(mk.routed_lora).parameters
+    positional = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert positional == ["x", "lora_a", "lora_b", "router", "residual"]
+    assert {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY} == {
+        "scaling": 1.0, "num_groups": 1, "numerics": "fp32", "activation": None, "expert_scale": None,
+        "dropout_p": 0.0, "dropout_seed": None, "route_weights": None, "compute_dtype": None,
+        "accumulate_into_residual": False, "return_load": False, "impl": None,
+    }  # fmt: skip
+    for name in parameters:
+        assert re.search(rf"^ +{name}: ", mk.routed_lora.__doc__, re.MULTILINE), f"{name} is not documented"
+
+
+def test_operators():
+    assert {str(op) for op in torch.ops.mtlora_kernels.routed_lora_fwd.overloads()} == {"default"}
+    assert {str(op) for op in torch.ops.mtlora_kernels.routed_lora_bwd.overloads()} == {"default"}
+
+
+def test_available_impls():
+    for device in ("cpu", "cuda", "cuda:1"):
+        available = mk.available_impls(device)
+        assert available[0] == "reference"
+        assert set(available) <= set(IMPLS)
+
+
+def test_readme_table_is_the_list_of_implementations():
+    readme = ROOT / "README.md"
+    if not readme.exists():
+        pytest.skip("README.md is not part of this copy")
+    table = re.search(r"^\| *impl *\|.*?\n\n", readme.read_text(), re.MULTILINE | re.DOTALL)
+    assert table, "README.md has no table of implementations (first column: impl)"
+    rows = re.findall(r"^\| *`(\w+)` *\|", table[0], re.MULTILINE)
+    assert sorted(rows) == sorted(IMPLS)
+
+
+def test_assert_bitwise_equal():
+    equal = mk.testing.assert_bitwise_equal
+    a = torch.tensor([[1.0, float("nan")], [0.0, -2.0]])
+    equal(a, torch.tensor([[1.0, float("nan")], [-0.0, -2.0]]))
+    with pytest.raises(AssertionError, match=r"dx: 1 of 4 differ, first at \(1, 1\): .*max abs diff .*, max ulp 1$"):
+        equal(torch.nextafter(a, torch.tensor([[1.0, 0.0], [0.0, 0.0]])), a, "dx")
+    with pytest.raises(AssertionError, match=r"max ulp 2$"):
+        equal(torch.tensor([2.0**-149]), torch.tensor([-(2.0**-149)]))
+    with pytest.raises(AssertionError, match=r"dtype is torch.float64, expected torch.float32"):
+        equal(a.double(), a)
+    with pytest.raises(AssertionError, match="shape is"):
+        equal(a[0], a)
+    with pytest.raises(AssertionError, match="1 of 4 differ"):
+        equal(a.nan_to_num(), a)
+
+
+@pytest.mark.parametrize("options", [{"style": "adaptformer"}, {"numerics": "eager"}, {"num_groups": 1}], ids=str)
+def test_assert_matches_reference(options):
+    module = mk.nn.RoutedLoRA(24, 4, 5, **{"num_groups": 2} | options).eval()
+    torch.nn.init.normal_(module.lora_B)
+    mk.testing.assert_matches_reference(module, torch.randn(2, 3, 24))
+    module.register_forward_hook(lambda module, args, out: out * (1 + 2**-22))
+    with pytest.raises(AssertionError, match=r"out: .* differ"):
+        mk.testing.assert_matches_reference(module, torch.randn(2, 3, 24))
