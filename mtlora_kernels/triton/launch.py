@@ -17,6 +17,10 @@ MAX_KEYS = 4096  # every T is a key of its own; they are small, but not forever
 _compiled: dict[tuple, Any] = {}
 
 
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def launch(kernel, grid: tuple[int, int, int], tile: Tile, **arguments: Any) -> None:
     """Run kernel on the current stream; arguments are all its parameters by name."""
     if 0 in grid:

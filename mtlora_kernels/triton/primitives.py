@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra import libdevice
 
-from ..reference.arithmetic import FP32_CHUNK, SUM_ROWS, token_chunk
+from ..reference.arithmetic import FP32_CHUNK, SUM_ROWS, next_power_of_two, token_chunk
 from .configs import INTERPRET, Tile
-from .launch import launch
+from .launch import ceil_div, launch
 
 _INTERPRET = tl.constexpr(INTERPRET)
 _SUM_ROWS = tl.constexpr(SUM_ROWS)
@@ -128,10 +128,10 @@ def sum_rows(v: Tensor) -> Tensor:
         return v.new_zeros(n, dtype=torch.float32)
     first = True
     while first or v.shape[0] > 1:
-        out = v.new_empty(triton.cdiv(v.shape[0], SUM_ROWS), n, dtype=torch.float32)
+        out = v.new_empty(ceil_div(v.shape[0], SUM_ROWS), n, dtype=torch.float32)
         launch(
             _sum_rows_kernel, (out.shape[0], 1, 1), _ROW_TILE, v_ptr=v, out_ptr=out, rows=v.shape[0], N=n,
-            NP=triton.next_power_of_2(n),
+            NP=next_power_of_two(n),
         )  # fmt: skip
         v, first = out, False
     return v[0]
@@ -149,7 +149,7 @@ def _sum_parts_kernel(parts_ptr, out_ptr, factor, size, PARTS: tl.constexpr, BLO
 
 def token_parts(like: Tensor, tokens: int) -> Tensor:
     """fp32 [chunks of tokens, *like.shape]: the partial sums of a product whose K is all tokens."""
-    return like.new_empty(triton.cdiv(tokens, token_chunk(tokens)), *like.shape, dtype=torch.float32)
+    return like.new_empty(ceil_div(tokens, token_chunk(tokens)), *like.shape, dtype=torch.float32)
 
 
 def sum_parts(parts: Tensor, like: Tensor, factor: float) -> Tensor:
@@ -159,7 +159,7 @@ def sum_parts(parts: Tensor, like: Tensor, factor: float) -> Tensor:
         return out.zero_()
     size, block = out.numel(), _PART_TILE.columns
     launch(
-        _sum_parts_kernel, (triton.cdiv(size, block), 1, 1), _PART_TILE, parts_ptr=parts, out_ptr=out, factor=factor,
+        _sum_parts_kernel, (ceil_div(size, block), 1, 1), _PART_TILE, parts_ptr=parts, out_ptr=out, factor=factor,
         size=size, PARTS=parts.shape[0], BLOCK=block,
     )  # fmt: skip
     return out

@@ -20,7 +20,7 @@ from ..reference.arithmetic import next_power_of_two, token_chunk
 from ..reference.routed_lora import inverse_count, uses_group_form
 from ..reference.routed_lora_bwd import expert_block
 from . import configs
-from .launch import launch, on_device
+from .launch import ceil_div, launch, on_device
 from .primitives import (
     dot,
     drop,
@@ -289,10 +289,10 @@ def _contract(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
     rank_p, fp32 = next_power_of_two(rank), h.dtype == torch.float32
     block = expert_block(experts, rank)
     dw = h.new_empty(tokens, groups, experts, dtype=torch.float32)
-    dh = h.new_empty(triton.cdiv(experts, block), tokens, rank, dtype=torch.float32)
+    dh = h.new_empty(ceil_div(experts, block), tokens, rank, dtype=torch.float32)
     tile = configs.contract(tokens, fp32, dout.dtype == h.dtype)
     launch(
-        _contract_kernel, (dh.shape[0], triton.cdiv(tokens, tile.rows), 1), tile, dout_ptr=dout, b_ptr=b, h_ptr=h,
+        _contract_kernel, (dh.shape[0], ceil_div(tokens, tile.rows), 1), tile, dout_ptr=dout, b_ptr=b, h_ptr=h,
         pi_ptr=pi, scale_ptr=expert_scale, dw_ptr=dw, dh_ptr=dh, T=tokens, stride_t=dout.stride(0),
         stride_o=dout.stride(1), O=d_out, G=groups, N=experts, R=rank, RP=rank_p, EXPERTS=max(block, 16 // rank_p),
         HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.depth,
@@ -311,7 +311,7 @@ def _route(dw, dh_parts, h, pi, expert_scale, dload, scaling, activation, has_ro
     weighted = None if expert_scale is None else torch.empty_like(dw)
     tile = configs.route(group_block * padded)
     launch(
-        _route_kernel, (triton.cdiv(tokens, tile.rows), triton.cdiv(groups, group_block), 1), tile, dw_ptr=dw,
+        _route_kernel, (ceil_div(tokens, tile.rows), ceil_div(groups, group_block), 1), tile, dw_ptr=dw,
         dh_ptr=dh_parts, h_ptr=h, pi_ptr=pi, scale_ptr=expert_scale, dload_ptr=dload, dlogits_ptr=dlogits, dpi_ptr=dpi,
         dh_out_ptr=dh, weighted_ptr=weighted, scaling=scaling, inverse_count=inverse_count(tokens, groups), T=tokens,
         BLOCKS=dh_parts.shape[0], N=experts, NP=padded, G=groups, GB=group_block, R=rank,
@@ -328,7 +328,7 @@ def _grad_x(x, dh, a, dlogits, router, seed, dropout_p) -> Tensor:
     tile = configs.grad_x(0 if router is None else router.shape[0], fp32)
     dx = x.new_empty(tokens, d_in)
     launch(
-        _grad_x_kernel, (triton.cdiv(d_in, tile.columns), triton.cdiv(tokens, tile.rows), 1), tile, dh_ptr=dh, a_ptr=a,
+        _grad_x_kernel, (ceil_div(d_in, tile.columns), ceil_div(tokens, tile.rows), 1), tile, dh_ptr=dh, a_ptr=a,
         dlogits_ptr=dlogits, router_ptr=router, dx_ptr=dx, T=tokens, D=d_in, R=rank,
         RP=max(16, next_power_of_two(rank)), GN=0 if router is None else router.shape[0], HAS_ROUTER=router is not None,
         CHUNK=fp32_chunk(fp32), BT=tile.rows, BD=tile.columns, BK=tile.depth, **dropout_arguments(seed, dropout_p),
@@ -342,7 +342,7 @@ def _grad_b(dout, h, pi, lora_b, expert_scale, scaling) -> Tensor:
     tile = configs.grad_b(fp32)
     block = max(1, min(next_power_of_two(experts) * rank_p, tile.columns) // rank_p, 16 // rank_p)
     parts = token_parts(lora_b, tokens)
-    grid = (triton.cdiv(experts, block), groups * triton.cdiv(d_out // groups, tile.rows), parts.shape[0])
+    grid = (ceil_div(experts, block), groups * ceil_div(d_out // groups, tile.rows), parts.shape[0])
     launch(
         _grad_b_kernel, grid, tile, dout_ptr=dout, h_ptr=h, pi_ptr=pi, scale_ptr=expert_scale, parts_ptr=parts,
         T=tokens, tokens=token_chunk(tokens), stride_t=dout.stride(0),
@@ -363,8 +363,8 @@ def _grad_rows(x, dh, dlogits, lora_a, router, need_a, need_router, seed, dropou
     tile = configs.grad_rows(count, fp32)
 
     def run(has_a: bool, has_router: bool) -> None:
-        columns = triton.cdiv(count, tile.columns) if has_router else 1
-        grid = (columns, triton.cdiv(d_in, tile.rows), triton.cdiv(tokens, token_chunk(tokens)))
+        columns = ceil_div(count, tile.columns) if has_router else 1
+        grid = (columns, ceil_div(d_in, tile.rows), ceil_div(tokens, token_chunk(tokens)))
         launch(
             _grad_rows_kernel, grid, tile, x_ptr=x, dh_ptr=dh, dlogits_ptr=dlogits, da_ptr=da, dr_ptr=dr,
             T=tokens, tokens=token_chunk(tokens), stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank,

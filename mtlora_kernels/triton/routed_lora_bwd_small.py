@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference.arithmetic import next_power_of_two, token_chunk
 from ..reference.routed_lora_bwd import EXPERT_FORM_BLOCK
 from . import configs
-from .launch import launch
+from .launch import ceil_div, launch
 from .primitives import dot, fp32_chunk, sum_parts, token_parts, tree_sum
 
 
@@ -159,11 +159,11 @@ def contract_small(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
     tile = configs.small_groups(fp32)
     group_block = tile.columns // size_p
     launch(
-        _grad_w_kernel, (triton.cdiv(groups, group_block), triton.cdiv(tokens, tile.rows), 1), tile, h_ptr=h, dw_ptr=dw,
+        _grad_w_kernel, (ceil_div(groups, group_block), ceil_div(tokens, tile.rows), 1), tile, h_ptr=h, dw_ptr=dw,
         SP=size_p, GB=group_block, BT=tile.rows, **common,
     )  # fmt: skip
     launch(
-        _grad_h_kernel, (triton.cdiv(tokens, tile.rows), 1, 1), tile, pi_ptr=pi, scale_ptr=expert_scale, dh_ptr=dh,
+        _grad_h_kernel, (ceil_div(tokens, tile.rows), 1, 1), tile, pi_ptr=pi, scale_ptr=expert_scale, dh_ptr=dh,
         HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=EXPERT_FORM_BLOCK, **common,
     )  # fmt: skip
     return dw, dh
@@ -174,7 +174,7 @@ def grad_b_small(dout, h, pi, lora_b, expert_scale, scaling) -> Tensor:
     tile = configs.small_groups(h.dtype == torch.float32)
     parts = token_parts(lora_b, tokens)
     launch(
-        _grad_b_small_kernel, (experts, triton.cdiv(d_out, tile.columns), parts.shape[0]), tile, dout_ptr=dout, h_ptr=h,
+        _grad_b_small_kernel, (experts, ceil_div(d_out, tile.columns), parts.shape[0]), tile, dout_ptr=dout, h_ptr=h,
         pi_ptr=pi, scale_ptr=expert_scale, parts_ptr=parts, T=tokens, tokens=token_chunk(tokens),
         stride_t=dout.stride(0), stride_o=dout.stride(1), O=d_out, G=groups, N=experts, R=rank,
         RP=max(16, next_power_of_two(rank)), HAS_SCALE=expert_scale is not None,

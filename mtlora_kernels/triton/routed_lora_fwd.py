@@ -15,7 +15,7 @@ from torch import Tensor
 from ..reference.arithmetic import next_power_of_two
 from ..reference.routed_lora import inverse_count, output_dtype, uses_group_form
 from . import configs
-from .launch import launch, on_device
+from .launch import ceil_div, launch, on_device
 from .primitives import dot, drop, dropout_arguments, exp, fp32_chunk, load_weights, mixed_h, sum_rows, tree_sum
 
 
@@ -224,7 +224,7 @@ def _project(x, a, router, h, pi, seed, activation, dropout_p) -> None:
     def run(has_h: bool, has_router: bool) -> None:
         columns = group_block * padded if has_router else 16
         tile = configs.project(tokens, columns, fp32, x.dtype == h.dtype and dropout_p == 0)
-        grid = (triton.cdiv(tokens, tile.rows), triton.cdiv(groups, group_block) if has_router else 1, 1)
+        grid = (ceil_div(tokens, tile.rows), ceil_div(groups, group_block) if has_router else 1, 1)
         launch(
             _project_kernel, grid, tile, x_ptr=x, a_ptr=a, router_ptr=router, h_ptr=h, pi_ptr=pi, T=tokens,
             stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank, RP=max(16, next_power_of_two(rank)), N=experts,
@@ -251,18 +251,18 @@ def _mix(h, pi, b, expert_scale, residual, out, scaling, numerics, accumulate_in
     }  # fmt: skip
     if numerics == "fp32" and uses_group_form(group_size):
         tile = configs.expand(tokens, fp32)
-        column_tiles = groups * triton.cdiv(group_size, tile.columns)
-        row_tiles = triton.cdiv(tokens, tile.rows)
+        column_tiles = groups * ceil_div(group_size, tile.columns)
+        row_tiles = ceil_div(tokens, tile.rows)
         tiles = configs.expand_tiles(row_tiles, column_tiles)
         experts_k = max(min(next_power_of_two(experts), 256 // rank_p), 16 // rank_p)
         launch(
-            _expand_kernel, (triton.cdiv(column_tiles, tiles), row_tiles, 1), tile, RP=rank_p, EXPERTS=experts_k,
+            _expand_kernel, (ceil_div(column_tiles, tiles), row_tiles, 1), tile, RP=rank_p, EXPERTS=experts_k,
             CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.columns, TILES=tiles, **common,
         )  # fmt: skip
         return
     tile = configs.expert_sum(tokens, fp32)
     launch(
-        _expert_sum_kernel, (triton.cdiv(d_out, tile.columns), triton.cdiv(tokens, tile.rows), 1), tile,
+        _expert_sum_kernel, (ceil_div(d_out, tile.columns), ceil_div(tokens, tile.rows), 1), tile,
         RP=max(16, rank_p), EAGER=numerics == "eager", INTO_RESIDUAL=accumulate_into_residual,
         SCALING_IN_E=_representable(scaling, h.dtype), ONE_GROUP=group_size % tile.columns == 0, BT=tile.rows,
         BO=tile.columns, **common,
