@@ -58,30 +58,50 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<View>(m, "View").def(py::init(&view));
 
-#define FIELD(T, name) .def_readwrite(#name, &T::name)
-#define ADDRESS(T, name, type) \
-    .def_property(#name, nullptr, [](T& p, uintptr_t address) { p.name = pointer<type>(address); })
     // Value-initialised: what Python does not set is zero or absent.
-    py::class_<RoutedLora>(m, "RoutedLora") FIELD(RoutedLora, tokens) FIELD(RoutedLora, d_in) FIELD(RoutedLora, d_out)
-        FIELD(RoutedLora, rank) FIELD(RoutedLora, experts) FIELD(RoutedLora, groups)
-            .def_property("compute_dtype", nullptr, [](RoutedLora& p, int code) { p.compute_dtype = dtype_of(code); })
-                FIELD(RoutedLora, scaling) FIELD(RoutedLora, inverse_count) FIELD(RoutedLora, relu)
-                    FIELD(RoutedLora, group_form) FIELD(RoutedLora, dropout) FIELD(RoutedLora, keep_scale)
-                        FIELD(RoutedLora, drop_threshold) ADDRESS(RoutedLora, seed, const int64_t)
-                            FIELD(RoutedLora, threads) FIELD(RoutedLora, x) FIELD(RoutedLora, lora_a)
-                                FIELD(RoutedLora, lora_b) FIELD(RoutedLora, router) FIELD(RoutedLora, expert_scale)
-                                    FIELD(RoutedLora, h) FIELD(RoutedLora, pi);
+    py::class_<RoutedLora>(m, "RoutedLora")
+        .def_readwrite("tokens", &RoutedLora::tokens)
+        .def_readwrite("d_in", &RoutedLora::d_in)
+        .def_readwrite("d_out", &RoutedLora::d_out)
+        .def_readwrite("rank", &RoutedLora::rank)
+        .def_readwrite("experts", &RoutedLora::experts)
+        .def_readwrite("groups", &RoutedLora::groups)
+        .def_property("compute_dtype", nullptr, [](RoutedLora& p, int code) { p.compute_dtype = dtype_of(code); })
+        .def_readwrite("scaling", &RoutedLora::scaling)
+        .def_readwrite("inverse_count", &RoutedLora::inverse_count)
+        .def_readwrite("relu", &RoutedLora::relu)
+        .def_readwrite("group_form", &RoutedLora::group_form)
+        .def_readwrite("dropout", &RoutedLora::dropout)
+        .def_readwrite("keep_scale", &RoutedLora::keep_scale)
+        .def_readwrite("drop_threshold", &RoutedLora::drop_threshold)
+        .def_property("seed", nullptr, [](RoutedLora& p, uintptr_t a) { p.seed = pointer<const int64_t>(a); })
+        .def_readwrite("threads", &RoutedLora::threads)
+        .def_readwrite("x", &RoutedLora::x)
+        .def_readwrite("lora_a", &RoutedLora::lora_a)
+        .def_readwrite("lora_b", &RoutedLora::lora_b)
+        .def_readwrite("router", &RoutedLora::router)
+        .def_readwrite("expert_scale", &RoutedLora::expert_scale)
+        .def_readwrite("h", &RoutedLora::h)
+        .def_readwrite("pi", &RoutedLora::pi);
     py::class_<RoutedLoraFwd, RoutedLora>(m, "RoutedLoraFwd")
-        .def(py::init([] { return RoutedLoraFwd{}; })) FIELD(RoutedLoraFwd, eager)
-            FIELD(RoutedLoraFwd, accumulate_into_residual) FIELD(RoutedLoraFwd, residual) FIELD(RoutedLoraFwd, out)
-                FIELD(RoutedLoraFwd, load);
+        .def(py::init([] { return RoutedLoraFwd{}; }))
+        .def_readwrite("eager", &RoutedLoraFwd::eager)
+        .def_readwrite("accumulate_into_residual", &RoutedLoraFwd::accumulate_into_residual)
+        .def_readwrite("residual", &RoutedLoraFwd::residual)
+        .def_readwrite("out", &RoutedLoraFwd::out)
+        .def_readwrite("load", &RoutedLoraFwd::load);
     py::class_<RoutedLoraBwd, RoutedLora>(m, "RoutedLoraBwd")
-        .def(py::init([] { return RoutedLoraBwd{}; })) FIELD(RoutedLoraBwd, dout) FIELD(RoutedLoraBwd, dload)
-            FIELD(RoutedLoraBwd, dx) FIELD(RoutedLoraBwd, dlora_a) FIELD(RoutedLoraBwd, dlora_b)
-                FIELD(RoutedLoraBwd, drouter) FIELD(RoutedLoraBwd, dpi) FIELD(RoutedLoraBwd, dexpert_scale)
-                    ADDRESS(RoutedLoraBwd, dlogits, float) ADDRESS(RoutedLoraBwd, dh, float);
-#undef ADDRESS
-#undef FIELD
+        .def(py::init([] { return RoutedLoraBwd{}; }))
+        .def_readwrite("dout", &RoutedLoraBwd::dout)
+        .def_readwrite("dload", &RoutedLoraBwd::dload)
+        .def_readwrite("dx", &RoutedLoraBwd::dx)
+        .def_readwrite("dlora_a", &RoutedLoraBwd::dlora_a)
+        .def_readwrite("dlora_b", &RoutedLoraBwd::dlora_b)
+        .def_readwrite("drouter", &RoutedLoraBwd::drouter)
+        .def_readwrite("dpi", &RoutedLoraBwd::dpi)
+        .def_readwrite("dexpert_scale", &RoutedLoraBwd::dexpert_scale)
+        .def_property("dlogits", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dlogits = pointer<float>(a); })
+        .def_property("dh", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dh = pointer<float>(a); });
 
     m.def("routed_lora_fwd_cpu", &cpu::routed_lora_fwd, py::call_guard<py::gil_scoped_release>());
     m.def("routed_lora_bwd_cpu", &cpu::routed_lora_bwd, py::call_guard<py::gil_scoped_release>());

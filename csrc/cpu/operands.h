@@ -6,10 +6,12 @@
 
 namespace mtlora::cpu::MTLORA_ISA {
 
-// Tokens, and outputs or features, of one task: its accumulators and operands stay well inside a 1 MB L2.
+// Tokens, and outputs or features, of one task: its operands and accumulators fit a 1 MB L2. More tokens share the
+// packing of the weights; forward at T 1024, d 4096, r 16, N 16, G 2 on one core, 192 / 256 / 384 tokens: 34.1 / 33.9
+// / 32.7 ms.
 constexpr int64_t kTokens = 384;
 constexpr int64_t kColumns = 128;
-// Depth of one K block: 16 KB of b for one column of tiles, half of a 32 KB L1.
+// Depth of one K block: a column of tiles of b and the rows of a beside it take half of a 32 KB L1.
 constexpr int64_t kDepth = 128;
 // Experts whose routing weights are spread over outputs at a time.
 constexpr int64_t kExperts = 16;

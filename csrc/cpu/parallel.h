@@ -23,7 +23,7 @@ static void parallel_for(int threads, int64_t tasks, float* buffers, int64_t flo
 
 template <class Body>
 static void parallel_for(int threads, int64_t tasks, int64_t floats, Body body) {
-    parallel_for(threads, tasks, scratch(threads * floats), floats, body);
+    parallel_for(threads, tasks, scratch(max(1, min(threads, tasks)) * floats), floats, body);
 }
 
 // Rows cut into chunks of about equal size, a multiple of `multiple` and not much above `target`; as many chunks

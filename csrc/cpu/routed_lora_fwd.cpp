@@ -78,12 +78,12 @@ void softmax(const RoutedLoraFwd& p) {
 }
 
 void mean_weights(const RoutedLoraFwd& p) {
-    float* load = static_cast<float*>(p.load.data);
-    sum_rows(
-        p.threads, p.tokens * p.groups, p.experts,
-        [&](int64_t row, float* dst) { load_row(matrix(p.pi, row / p.groups), row % p.groups, 0, p.experts, dst); },
-        load);
-    for (int64_t i = 0; i < p.experts; ++i) load[i] *= p.inverse_count;
+    float* mean = static_cast<float*>(p.load.data);
+    const auto load_weights = [&](int64_t row, float* dst) {
+        load_row(matrix(p.pi, row / p.groups), row % p.groups, 0, p.experts, dst);
+    };
+    sum_rows(p.threads, p.tokens * p.groups, p.experts, load_weights, mean);
+    for (int64_t i = 0; i < p.experts; ++i) mean[i] *= p.inverse_count;
 }
 
 // ---- Mixture ----

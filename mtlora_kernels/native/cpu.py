@@ -118,6 +118,7 @@ def routed_lora_bwd(
     dpi = gradient(need_weights, pi, torch.float32)
     ds = gradient(need_scale, expert_scale, torch.float32)
     if tokens:
+        dload = None if dload is None else dload.to(torch.float32).contiguous()
         # d(w) becomes d(pi), then d(logits), in one place unless d(pi) is wanted besides d(logits).
         dlogits = None
         if need_weights or need_scale or (router is not None and (need_x or need_router)):
