@@ -8,6 +8,7 @@ from torch import Tensor
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NUMERICS = ("fp32", "eager")
 ACTIVATIONS = (None, "relu")
+MAX_WIDTH = 128  # of experts and of rank: the widest tree sum of the kernels
 
 
 def require_tensor(name: str, value: object, *, dim: int | None = None, min_dim: int = 0) -> None:
@@ -61,6 +62,8 @@ def check_routed_lora(
     d_in, (n, d_out, r) = x.shape[-1], lora_b.shape
     if min(n, d_out, r, d_in) <= 0:
         raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}, every size must be positive")
+    if max(n, r) > MAX_WIDTH:
+        raise ValueError(f"lora_b has {n} experts of rank {r}, both must be at most {MAX_WIDTH}")
     require_shape("lora_a", lora_a, (r, d_in), "[r, d_in] with r of lora_b and d_in of x")
 
     if isinstance(scaling, bool) or not isinstance(scaling, int | float):

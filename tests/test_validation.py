@@ -25,6 +25,8 @@ VALUE_ERRORS = {
     "lora_a: width": ("lora_a", {"lora_a": torch.ones(R, D_IN + 1)}, r"\(3, 12\)"),
     "lora_b: dimensions": ("lora_b", {"lora_b": torch.ones(D_OUT, R)}, "must have 3"),
     "lora_b: empty": ("lora_b", {"lora_b": torch.ones(0, D_OUT, R)}, "positive"),
+    "lora_b: experts": ("lora_b", {"lora_b": torch.ones(129, D_OUT, R)}, "at most 128"),
+    "lora_b: rank": ("lora_b", {"lora_b": torch.ones(N, D_OUT, 129)}, "at most 128"),
     "lora_b: empty list": ("lora_b", {"lora_b": []}, "empty sequence"),
     "lora_b: unequal list": (r"lora_b\[1\]", {"lora_b": [torch.ones(D_OUT, R), torch.ones(D_OUT, R + 1)]}, "shape"),
     "lora_b: list of stacks": (r"lora_b\[0\]", {"lora_b": [torch.ones(N, D_OUT, R)]}, "must have 2"),
