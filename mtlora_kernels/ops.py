@@ -120,8 +120,7 @@ def _autograd_backward(ctx, dout: Tensor | None, dload: Tensor | None, _dh, _dpi
 
 def _no_double_backward(ctx, *grads):
     raise RuntimeError(
-        "routed_lora has no second derivative: call backward without create_graph=True, or use impl='reference' "
-        "formulas outside autograd"
+        "routed_lora has no second derivative: differentiate its gradients neither directly nor with create_graph=True"
     )
 
 
