@@ -62,7 +62,8 @@ def jacobi(g: Tensor) -> tuple[Tensor, Tensor]:
             g[:, p] = c[..., None] * rows_p - s[..., None] * rows_q
             g[:, q] = s[..., None] * rows_p + c[..., None] * rows_q
             g[:, p, p], g[:, q, q] = app - t * apq, aqq + t * apq
-            g[:, p, q] = g[:, q, p] = torch.where(rotate, 0, apq)
+            for i, j in ((p, q), (q, p)):
+                g[:, i, j] = torch.where(rotate, 0, g[:, i, j])
             rotated = rotated or bool(rotate.any())
         if not rotated:  # nor would a later sweep
             break
