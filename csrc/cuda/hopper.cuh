@@ -3,16 +3,13 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
 
-namespace mtlora::cuda {
+#include "cuda/elements.cuh"
 
-using bf16 = __nv_bfloat16;
-using f16 = __half;
+namespace mtlora::cuda {
 
 __device__ inline uint32_t smem_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
@@ -129,7 +126,7 @@ __device__ inline void fence_async_proxy() {
 
 enum class Swizzle : int { none = 0, b128 = 1, b64 = 2, b32 = 3 };  // the code in a shared-memory descriptor
 
-constexpr Swizzle swizzle_of(int row_bytes) {
+__host__ __device__ constexpr Swizzle swizzle_of(int row_bytes) {
     return row_bytes >= 128 ? Swizzle::b128 : row_bytes == 64 ? Swizzle::b64 : row_bytes == 32 ? Swizzle::b32
                                                                                               : Swizzle::none;
 }
