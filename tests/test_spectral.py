@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mtlora_kernels as mk
-from mtlora_kernels.dispatch import SPECTRAL_IMPLS
+from mtlora_kernels.spectral_dispatch import SPECTRAL_IMPLS
 from mtlora_kernels.spectral_inputs import adapter_layers
 from mtlora_kernels.testing import assert_bitwise_equal
 from mtlora_kernels.testing.rows import Check

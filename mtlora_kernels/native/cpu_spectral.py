@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cpu import _set
+from .params import set_fields
 
 
 def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, **fields):
     """params for a contiguous lora_b [L, N, d, r]; the tensors must outlive the call."""
     layers, experts, d, rank = lora_b.shape
-    _set(
+    set_fields(
         params, layers=layers, experts=experts, rows=d, rank=rank, pairwise=kind == "pairwise",
         threads=torch.get_num_threads(), lora_b=lora_b.flatten(0, 1), weights=weights.data_ptr(), **fields,
     )  # fmt: skip
@@ -22,7 +22,7 @@ def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed:
     batch, rows, cols = a.shape
     u, s, v = torch.empty(batch, rows, rank), torch.empty(batch, rank), torch.empty(batch, cols, rank)
     params = _C.Rsvd()
-    _set(
+    set_fields(
         params, batch=batch, rows=rows, cols=cols, rank=rank, sketch=sketch, power_iterations=power_iterations,
         seed=seed, threads=torch.get_num_threads(), matrices=a, u=u.data_ptr(), s=s.data_ptr(), v=v.data_ptr(),
     )  # fmt: skip

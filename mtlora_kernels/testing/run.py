@@ -6,7 +6,8 @@ from functools import partial
 
 import torch
 
-from ..dispatch import available_impls, available_spectral_impls
+from ..dispatch import UnsupportedCall, available_impls
+from ..spectral_dispatch import available_spectral_impls
 from . import cases
 from .checks import against_float64, against_published, against_reference, batch_invariance, repeats, strided
 from .inputs import LAYOUTS, random_inputs
@@ -98,25 +99,31 @@ def checks_for(impl: str, device: torch.device, quick: bool) -> Iterator[Check]:
         yield from _self_checks(kind, quick)
 
 
+def _row(impl: str, check: Check, device: torch.device) -> Row | None:
+    """None for a call that impl does not serve; an exception is a mismatch."""
+    start = time.perf_counter()
+    try:
+        inputs = check.make(*check.shape, dtype=check.dtype, device=device, **check.options)
+        mismatches = check.run(impl, inputs)
+    except UnsupportedCall:
+        return None
+    except Exception as error:
+        mismatches = [f"{type(error).__name__}: {error}"]
+    return Row(str(device), impl, check.kind, check.label(), mismatches, time.perf_counter() - start)
+
+
 def run_checks(
     devices: Sequence[str], impls: Sequence[str] | None = None, quick: bool = False,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:  # fmt: skip
-    """Every check of the available implementations, or the given among them; an exception is a mismatch."""
+    """Every check of the available implementations, or the given among them."""
     rows = []
     suites = ((available_impls, checks_for), (available_spectral_impls, spectral_checks))
     for device in map(torch.device, devices):
         for available, checks in suites:
-            for impl, check in (
-                (i, check) for i in available(device) if not impls or i in impls for check in checks(i, device, quick)
-            ):
-                start = time.perf_counter()
-                try:
-                    inputs = check.make(*check.shape, dtype=check.dtype, device=device, **check.options)
-                    mismatches = check.run(impl, inputs)
-                except Exception as error:
-                    mismatches = [f"{type(error).__name__}: {error}"]
-                seconds = time.perf_counter() - start
-                rows.append(Row(str(device), impl, check.kind, check.label(), mismatches, seconds))
-                progress(rows[-1])
+            for impl in (impl for impl in available(device) if impls is None or impl in impls):
+                for row in (_row(impl, check, device) for check in checks(impl, device, quick)):
+                    if row is not None:
+                        rows.append(row)
+                        progress(row)
     return rows
