@@ -8,7 +8,8 @@ from .spectral import batched_rsvd
 BANDS = (0.2, 0.5, 1.0)  # ends of the paper's bands, shares of the singular values in descending order
 
 
-def _edges(rank: int) -> list[tuple[int, int]]:
+def band_edges(rank: int) -> list[tuple[int, int]]:
+    """First position and end of each band of `rank` singular values."""
     ends = [round(end * rank) for end in BANDS]
     return list(zip([0, *ends], ends, strict=False))
 
@@ -36,7 +37,7 @@ def band_alignment(lora_b: Tensor) -> Tensor:
     cosines = torch.einsum("lidk,ljdk->lkij", u, u).abs()
     pairs = s.mT[..., :, None] * s.mT[..., None, :] * cosines
     by_position = (pairs.sum((2, 3)) - pairs.diagonal(dim1=2, dim2=3).sum(2)) / (experts * (experts - 1))
-    return torch.stack([by_position[:, first:end].mean(1) for first, end in _edges(s.shape[2])], 1)
+    return torch.stack([by_position[:, first:end].mean(1) for first, end in band_edges(s.shape[2])], 1)
 
 
 def band_shares(lora_b: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ def band_shares(lora_b: Tensor) -> Tensor:
     """
     _, s = _factors(lora_b)
     by_position = s.sum(1)
-    in_band = [by_position[:, first:end].sum(1) for first, end in _edges(s.shape[2])]
+    in_band = [by_position[:, first:end].sum(1) for first, end in band_edges(s.shape[2])]
     return torch.stack(in_band, 1) / by_position.sum(1, keepdim=True)
 
 
