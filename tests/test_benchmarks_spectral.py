@@ -52,6 +52,10 @@ def test_rows_have_every_field(tiny_tasks, tmp_path, capsys):
         rows = load(tmp_path / f"{name}.csv")
         assert rows and {row["impl"] for row in rows} == {"", "reference"}
         assert all(value != "" for row in rows for key, value in row.items() if key not in ("impl", "triton"))
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    assert plots.draw_all(tmp_path) == 0 and len(list(tmp_path.glob("spectral_*.png"))) == 1
 
 
 def test_a_mismatch_prints_no_time_and_fails(tiny_tasks, monkeypatch, capsys):
