@@ -102,26 +102,28 @@ template <class E, int R, int RC, bool has_h, bool has_router>
 __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full, uint64_t* empty, float (&h)[R / 2],
                          float (&logits)[RC / 2]) {
     using Tile = ProjectTile<R, RC>;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warpgroup = Tile::kWide ? uniform(threadIdx.x / 128) : 0, lane = threadIdx.x % 32;
     const auto release = [&](int s) {
         if (lane < Tile::kCluster) {
             if constexpr (Tile::kCluster > 1) barrier_arrive(empty + s, lane);
             else barrier_arrive(empty + s);
         }
     };
+    const int router_at = p.x_rows * 128 + (has_h ? Tile::kABytes : 0);
+    const uint64_t first_x =
+        smem_descriptor(tiles + warpgroup * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
+    const uint64_t first_a = smem_descriptor(tiles + p.x_rows * 128, 16, 1024, Swizzle::b128);
+    const uint64_t first_r = smem_descriptor(tiles + router_at, 16, 1024, Swizzle::b128);
     int s = 0, phase = 0, previous = 0;
     for (int step = 0; step < p.steps; ++step) {
-        const char* const tile = tiles + s * p.stage_bytes;
-        const uint64_t x = smem_descriptor(tile + warp / 4 * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
-        const uint64_t a = smem_descriptor(tile + p.x_rows * 128, 16, 1024, Swizzle::b128);
-        const uint64_t r =
-            smem_descriptor(tile + p.x_rows * 128 + (has_h ? Tile::kABytes : 0), 16, 1024, Swizzle::b128);
+        const uint64_t x = advanced(first_x, s * p.stage_bytes);
+        const uint64_t a = advanced(first_a, s * p.stage_bytes), r = advanced(first_r, s * p.stage_bytes);
         barrier_wait(full + s, phase);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kDepth / 16; ++k) {  // 16 k are 32 bytes of a row: 2 in a descriptor
-            if constexpr (has_h) wgmma<E, 0, 0>(h, x + 2 * k, a + 2 * k, true);
-            if constexpr (has_router) wgmma<E, 0, 0>(logits, x + 2 * k, r + 2 * k, true);
+        for (int k = 0; k < kDepth / 16; ++k) {  // 16 k are 32 bytes of a row
+            if constexpr (has_h) wgmma<E, 0, 0>(h, advanced(x, 32 * k), advanced(a, 32 * k), true);
+            if constexpr (has_router) wgmma<E, 0, 0>(logits, advanced(x, 32 * k), advanced(r, 32 * k), true);
         }
         wgmma_commit();
         if (step > 0) {
@@ -148,7 +150,7 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     char* const tiles = raw + (1024 - smem_address(raw) % 1024) % 1024;
     uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + p.stages * p.stage_bytes);
     uint64_t* const empty = full + p.stages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const int token_tile = int(blockIdx.y) * Tile::kRows;
     const bool has_h = blockIdx.x == 0;
     const int router_block = int(blockIdx.x) - int(p.split);
