@@ -5,7 +5,7 @@ import published_host
 import torch
 from torch import Tensor, nn
 
-from mtlora_kernels.testing import lattice_inputs
+from mtlora_kernels.testing import Inputs, lattice_inputs
 
 D, OUT, R, N = 96, 64, 8, 8
 
@@ -44,11 +44,10 @@ def experts(layer: nn.Module) -> list[Tensor]:
     return [expert.weight for expert in layer.lora_B]
 
 
-def on_lattice(kind: str, dtype=torch.float32, device="cpu") -> tuple[nn.Module, Tensor, Tensor]:
-    """A layer, x [2, 5, D] and an upstream gradient, for which every order of sums is exact."""
-    layer, groups = make(kind), KINDS[kind][1]
-    d_out, many = getattr(layer, "out_features", D), "alone" not in kind
-    values = lattice_inputs(10, D, d_out, R, N if many else 1, groups, seed=3, dtype=dtype)
+def on_lattice(layer: nn.Module, groups: int, dtype=torch.float32, device="cpu") -> tuple[nn.Module, Tensor, Tensor]:
+    """The layer with values, x [2, 5, D] and an upstream gradient for which every order of sums is exact."""
+    d_out = getattr(layer, "out_features", D)
+    values = lattice_inputs(10, D, d_out, R, getattr(layer, "num_experts", N), groups, seed=3, dtype=dtype)
     draw = torch.Generator().manual_seed(1)
     if isinstance(layer, nn.Linear):
         put([layer.weight], torch.randint(-1, 2, (layer.weight.numel(),), generator=draw).float())
@@ -59,11 +58,15 @@ def on_lattice(kind: str, dtype=torch.float32, device="cpu") -> tuple[nn.Module,
             put(weights, torch.randint(-1, 2, (sum(w.numel() for w in weights),), generator=draw).float())
         nn.init.zeros_(layer.lora_gate["default"].GateL.weight)  # a tie among 2^k experts
     else:
-        put([layer.lora_A.weight], values.lora_a)
-        put(experts(layer), values.lora_b)
-        if layer.lora_route is not None:
-            put([layer.lora_route.weight], values.router)
+        fill(layer, values)
     return layer.to(device, dtype), values.x.view(2, 5, D).to(device), values.dout.view(2, 5, d_out).to(device)
+
+
+def fill(layer: nn.Module, values: Inputs) -> None:
+    put([layer.lora_A.weight], values.lora_a)
+    put(experts(layer), values.lora_b)
+    if layer.lora_route is not None:
+        put([layer.lora_route.weight], values.router)
 
 
 def at_random(kind: str, dtype=torch.float32, device="cpu", tokens=(2, 5), **options) -> tuple[nn.Module, Tensor]:
