@@ -87,3 +87,10 @@ def results(layer: nn.Module, x: Tensor, dout: Tensor, **keywords) -> dict[str, 
     out.backward(dout.to(out.dtype))
     grads = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     return {"out": out.detach(), "dx": x.grad} | grads
+
+
+def close(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal up to the order of sums in fp32."""
+    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")

@@ -86,12 +86,6 @@ def step(model, collect):
     return {"loss": loss.detach(), "logits": out.logits.detach()} | grads
 
 
-def close(actual, expected):
-    assert actual.keys() == expected.keys(), actual.keys() ^ expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
-
-
 def check_model(kind):
     model = make(kind)
     expected = step(model, hydralora_trainer.collect_balance_loss)
@@ -101,8 +95,8 @@ def check_model(kind):
     for numerics in ("fp32", "eager"):
         report = swap_in(model, numerics=numerics, strict=True)
         assert len(report.swapped) == MODELS[kind][1], report
-        close(step(model, hydralora_trainer.collect_balance_loss), expected)
-        close(step(model, published_losses.collect_balance_loss), expected)
+        layers.close(step(model, hydralora_trainer.collect_balance_loss), expected)
+        layers.close(step(model, published_losses.collect_balance_loss), expected)
     assert names == {name: type(m).__name__ for name, m in model.named_modules()}
     assert not differences(model.state_dict(), saved)
     assert not differences(get_peft_model_state_dict(model), adapter)
@@ -129,7 +123,7 @@ def check_model(kind):
         model.base_model.model.gradient_checkpointing_enable()
         model.base_model.model.enable_input_require_grads()
         swap_in(model)
-        close(step(model, published_losses.collect_balance_loss), expected)
+        layers.close(step(model, published_losses.collect_balance_loss), expected)
 
 
 def check_lattice():
@@ -184,13 +178,13 @@ def check_trainer():
             expected = train(kind, False, False, folder)
             published = vars(hydralora_trainer.HydraLoRATrainer)["compute_spectral_regularization"]
             collect = hydralora_trainer.collect_balance_loss
-            close(train(kind, True, False, folder), expected)  # the host's own functions on swapped layers
+            layers.close(train(kind, True, False, folder), expected)  # the host's own functions on swapped layers
             hydralora_trainer.collect_balance_loss = published_losses.collect_balance_loss
             hydralora_trainer.HydraLoRATrainer.compute_spectral_regularization = (
                 published_losses.compute_spectral_regularization
             )
             for swapped, checkpointing in ((True, False), (True, True), (False, False)):
-                close(train(kind, swapped, checkpointing, folder), expected)
+                layers.close(train(kind, swapped, checkpointing, folder), expected)
             hydralora_trainer.HydraLoRATrainer.compute_spectral_regularization = published
             hydralora_trainer.collect_balance_loss = collect
 
