@@ -59,20 +59,18 @@ class SwappedLayer:
         options |= {"numerics": self.numerics, "compute_dtype": dtype, "impl": self.impl}
         result = mk.routed_lora(x, lora_a, lora_b, return_load=balance, **options)
         out, load = result if balance else (result, None)
-        self.last_blc = None if load is None else mk.balance_loss(load)
-        if not torch.is_grad_enabled():
-            self.reruns = self.training
-            return out
-        return self._with_waiting_terms(out, lora_b)
+        if balance or hasattr(self, "last_blc"):  # HydraLoRA's layer has none
+            self.last_blc = mk.balance_loss(load) if balance else None
+        self.reruns = self.training and not torch.is_grad_enabled()
+        return out if self.reruns else self._with_waiting_terms(out, lora_b)
 
     def _with_waiting_terms(self, out: Tensor, lora_b: Tensor) -> Tensor:
-        if self.balance_grad is not None and self.last_blc is not None:
+        if self.balance_grad is not None:
             out = mk.nn.add_to_loss(out, self.balance_grad * self.last_blc)
             self.last_blc = None  # collected already, before this rerun
         if self.experts_grad is not None:
             out = mk.nn.add_to_loss(out, (self.experts_grad * lora_b).sum())
         self.balance_grad = self.experts_grad = None
-        self.reruns = False
         return out
 
     def host_must_run(self, why: str | None) -> bool:

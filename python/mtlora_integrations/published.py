@@ -1,5 +1,6 @@
 """The layers of the official mtLoRA code: component linear, three block adapters, MMOELoRA."""
 
+import functools
 import math
 from typing import Any
 
@@ -66,12 +67,13 @@ class BlockAdapter(SwappedLayer):
             return super().forward(x, hydra_task_id, **kwargs)
         operands["lora_b"] = stacked(operands["lora_b"])
         routed = self.num_experts > 1
+        summed = [s.dtype for s in scales] + [x.dtype] * routed  # beside the products, in what the host adds up
         return self.mixture(
             x,
             **operands,
             dtype=dtype,
             balance=routed and self.enable_blc and self.training,
-            residual=_zeros_in(x, dtype) if routed else None,
+            residual=_zeros_in(x, dtype, summed),
             scaling=getattr(self, "scaling", 1.0),  # adaptformer has its scales instead
             activation="relu" if hasattr(self, "activation") else None,
             expert_scale=torch.cat(scales) if scales else None,
@@ -79,10 +81,10 @@ class BlockAdapter(SwappedLayer):
         )
 
 
-def _zeros_in(x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """The host sums the experts in the wider of both dtypes; a residual of one stored zero asks for that one."""
-    wider = torch.promote_types(x.dtype, dtype)
-    return None if wider == dtype else x.new_zeros((), dtype=wider).expand(x.shape)
+def _zeros_in(x: Tensor, dtype: torch.dtype, summed: list[torch.dtype]) -> Tensor | None:
+    """The host returns the widest of the dtypes; a residual of one stored zero asks `routed_lora` for that one."""
+    wide = functools.reduce(torch.promote_types, summed, dtype)
+    return None if wide == dtype else x.new_zeros((), dtype=wide).expand(x.shape)
 
 
 class MMOELinear(SwappedLayer):

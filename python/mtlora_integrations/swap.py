@@ -72,7 +72,8 @@ def swap_out(model: nn.Module) -> None:
     """Undo `swap_in`: every layer has the host's class again, every expert a storage of its own."""
     for module in model.modules():
         if isinstance(module, SwappedLayer):
-            vars(module).pop("forward", None)
+            for name in ("forward", "reruns", "balance_grad", "experts_grad"):
+                vars(module).pop(name, None)
             module.separate_experts()
             module.__class__ = module.host
 

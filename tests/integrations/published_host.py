@@ -23,7 +23,9 @@ class LoraLayer:
 
 
 class LoraLinear(nn.Linear, LoraLayer):
-    def __init__(self, d_in, d_out, r, experts, alpha=32, dropout=0.0, group_size=None, blc=False, fan_in_fan_out=False):
+    def __init__(
+        self, d_in, d_out, r, experts, alpha=32, dropout=0.0, group_size=None, blc=False, fan_in_fan_out=False
+    ):
         nn.Linear.__init__(self, d_in, d_out)
         LoraLayer.__init__(self, r, alpha, dropout)
         self.lora_num, self.enable_blc, self.fan_in_fan_out = experts, blc, fan_in_fan_out

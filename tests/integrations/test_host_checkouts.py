@@ -1,7 +1,7 @@
 """The official code itself, where a checkout is at hand; nothing of it is in this repository.
 
-    MTLORA_PUBLISHED_REPO=... python -m pytest tests/integrations/test_host_checkouts.py   # transformers 4.36.2
-    HYDRALORA_REPO=...        python -m pytest tests/integrations/test_host_checkouts.py   # tokenizers 0.13.3
+MTLORA_PUBLISHED_REPO=... python -m pytest tests/integrations/test_host_checkouts.py   # transformers 4.36.2
+HYDRALORA_REPO=...        python -m pytest tests/integrations/test_host_checkouts.py   # tokenizers 0.13.3
 """
 
 import importlib.metadata
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-HOSTS = {  # variable -> (script, package that the host pins, version)
-    "MTLORA_PUBLISHED_REPO": ("published_checkout.py", "transformers", "4.36.2"),
-    "HYDRALORA_REPO": ("hydralora_checkout.py", "tokenizers", "0.13.3"),
+HOSTS = {  # variable -> (script, folder of the code, package that the host pins, version)
+    "MTLORA_PUBLISHED_REPO": ("published_checkout.py", ".", "transformers", "4.36.2"),
+    "HYDRALORA_REPO": ("hydralora_checkout.py", "HydraLoRA", "tokenizers", "0.13.3"),
 }
 
 
@@ -29,12 +29,13 @@ def installed(package: str) -> str | None:
 @pytest.mark.slow
 @pytest.mark.parametrize("variable", HOSTS)
 def test_the_official_code_is_served(variable):
-    script, package, version = HOSTS[variable]
+    script, folder, package, version = HOSTS[variable]
     if not os.environ.get(variable):
         pytest.skip(f"{variable} does not name a checkout of the official code")
     if installed(package) != version:
         pytest.skip(f"{package} is {installed(package)}, the official code needs {version}")
-    paths = [HERE, HERE.parents[1], HERE.parents[1] / "python", os.environ.get("PYTHONPATH", "")]
+    code = Path(os.environ[variable], folder)
+    paths = [code, HERE, HERE.parents[1], HERE.parents[1] / "python", os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, paths)), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, HERE / script], capture_output=True, text=True, env=environment, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
