@@ -1,6 +1,5 @@
 """The linear layer that both hosts have: a frozen base beside the mixture."""
 
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ class SwappedLinear(SwappedLayer):
 
     @staticmethod
     def expert_lists(layer: Any) -> list[list[nn.Parameter]]:
-        return [[weight_of(layer._modules[name]) for name in _names(layer.lora_num)]]
+        return [[weight_of(layer._modules[f"lora_B{i}"]) for i in range(layer.lora_num)]]
 
     @staticmethod
     def operands(layer: Any) -> dict[str, Any]:
@@ -55,11 +54,6 @@ class SwappedLinear(SwappedLayer):
             accumulate_into_residual=self.numerics == "eager",
             dropout_p=active_dropout(self.lora_dropout),
         )
-
-
-@cache
-def _names(experts: int) -> tuple[str, ...]:
-    return tuple(f"lora_B{i}" for i in range(experts))
 
 
 def runs_base_alone(layer: Any) -> bool:
