@@ -85,7 +85,8 @@ def _is_kind(host: type[nn.Module], kind: type[SwappedLayer], module: nn.Module)
 
 def _has_adapter(module: nn.Module) -> bool:
     names = (*module._modules, *module._parameters)
-    return any(name.startswith("lora_") for name in names) and not isinstance(module, mk.nn.RoutedLoRA)
+    ours = type(module).__module__.partition(".")[0] in ("mtlora_kernels", "mtlora_integrations")
+    return any(name.startswith("lora_") for name in names) and not ours
 
 
 def _misfit(module: nn.Module, host: type[nn.Module], kind: type[SwappedLayer] | None, impl: str | None) -> str | None:

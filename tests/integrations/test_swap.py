@@ -13,6 +13,7 @@ from host_layers import KINDS, D, at_random, close, experts, fill, make, on_latt
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mtlora_kernels as mk
 from mtlora_integrations import swap_in, swap_out
 from mtlora_kernels.testing import assert_bitwise_equal, differences, rounding_inputs
 
@@ -367,11 +368,12 @@ def test_the_report_says_why_a_layer_stays(why):
 
 
 def test_settings_are_checked_first():
-    model = Model(good=make("lowrank"))
+    model = Model(good=make("lowrank"), ours=mk.nn.RoutedLoRA(8, 2, 3))
     with pytest.raises(ValueError, match="numerics is 'exact', it must be"):
         swap_in(model, numerics="exact")
     with pytest.raises(ValueError, match=r"not good: impl is 'nothing', it must be"):
         swap_in(model, impl="nothing", strict=True)
+    assert not swap_in(model, strict=True).skipped
     with pytest.raises(ValueError, match="no adapter layer can be swapped"):
         swap_in(nn.Linear(2, 2), strict=True)
     assert str(swap_in(nn.Linear(2, 2))) == "swapped 0 adapter layers, 0.0 MiB of experts in place"
