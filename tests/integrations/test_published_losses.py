@@ -183,6 +183,7 @@ def _worker(rank: int, folder: str, swapped: bool) -> None:
     loss.backward()
     if rank == 0:
         torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, f"{folder}/grads")
+    dist.barrier()  # neither leaves while the other still talks to it
     dist.destroy_process_group()
 
 
