@@ -89,6 +89,16 @@ def test_random_inputs_agree(kind, numerics, device):
     close(results(layer, x, dout), expected)
 
 
+@pytest.mark.parametrize("tokens", [(), (3,), (0,), (0, 4)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mmoe", "mmoe s", "hydralora")])
+def test_any_number_of_tokens(kind, tokens):
+    layer, x = at_random(kind, tokens=tokens)
+    expected = output(layer, x)
+    swap_in(layer)
+    close({"out": output(layer, x)}, {"out": expected}) if x.numel() else output(layer, x).sum().backward()
+    assert output(layer, x).shape == expected.shape
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_but_the_class_changes(kind):
     layer, x = at_random(kind)
@@ -303,7 +313,8 @@ def test_mmoe_scales_first_so_eager_wants_a_power_of_two():
     with pytest.warns(UserWarning, match=r"scaling is 3\.0"):
         assert_bitwise_equal(layer(x), expected)
     swap_in(layer)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         torch.testing.assert_close(layer(x), expected)
 
 
