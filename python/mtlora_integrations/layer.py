@@ -91,9 +91,9 @@ class SwappedLayer:
         self.share_experts()
         return self
 
-    def share_experts(self) -> None:
-        for experts in self.expert_lists(self):
-            share(experts)
+    def share_experts(self) -> int:
+        """The bytes that share a storage."""
+        return sum(share(experts) for experts in self.expert_lists(self))
 
     def separate_experts(self) -> None:
         for experts in self.expert_lists(self):

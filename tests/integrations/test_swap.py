@@ -342,6 +342,11 @@ def broken(change) -> nn.Module:
     return layer
 
 
+def without_router(layer: nn.Module) -> nn.Module:
+    layer.lora_route = None
+    return layer
+
+
 class Overriding(published_host.LowRankBlockAdapter):
     def forward(self, x, **kwargs):
         return super().forward(x) + 1
@@ -359,6 +364,8 @@ MISFITS = {
     "router has shape": lambda: broken(lambda m: setattr(m, "lora_route", nn.Linear(D, 5, bias=False))),
     r"lora_b\[3\] has shape": lambda: broken(lambda m: setattr(m, "lora_B3", nn.Linear(8, 63, bias=False))),
     "num_groups is 5": lambda: broken(lambda m: setattr(m, "num_groups", 5)),
+    "LoraLinear is incomplete: 'lora_B8'": lambda: broken(lambda m: setattr(m, "lora_num", 9)),
+    "router is None with 8 experts": lambda: without_router(make("lowrank")),
     "130 experts": lambda: published_host.LowRankBlockAdapter(8, 2, 130),
     "no adapter layer that this package knows": lambda: Model(lora_A=nn.Linear(2, 2)),
 }
@@ -387,7 +394,7 @@ def test_settings_are_checked_first():
     assert not swap_in(model, strict=True).skipped
     with pytest.raises(ValueError, match="no adapter layer can be swapped"):
         swap_in(nn.Linear(2, 2), strict=True)
-    assert str(swap_in(nn.Linear(2, 2))) == "swapped 0 adapter layers, 0.0 MiB of experts in place"
+    assert str(swap_in(nn.Linear(2, 2))) == "swapped 0 adapter layers, 0.0 MiB of experts share storages"
 
 
 def test_models_on_the_meta_device():
