@@ -190,8 +190,6 @@ def test_data_parallel_under_reentrant_checkpointing(tmp_path):
     model = Model()
     swap_in(model, strict=True)
     for half in inputs().detach().split(2):
-        loss = model(half).square().mean() + COEF * collect_balance_loss(model)
-        if hasattr(mk, "spectral_penalty"):
-            loss = loss + 0.1 * ours(model)
+        loss = model(half).square().mean() + COEF * collect_balance_loss(model) + 0.1 * ours(model)
         (loss / 2).backward()
     close(torch.load(tmp_path / "grads"), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, FP32)
