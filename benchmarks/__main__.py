@@ -29,6 +29,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_common(train)
     train.add_argument("--steps", type=int, help="optimizer steps (default: 200, with --quick 50)")
 
+    model = commands.add_parser("model", help="a LLaMA with adapters: training step, memory, decoding")
+    _add_common(model)
+
     commands.add_parser("plot", help="draw the stored results as PNG")
     return parser.parse_args(arguments)
 
@@ -44,6 +47,10 @@ def main() -> int:
         from . import train  # scikit-learn is needed here only
 
         return train.run(device, quick=args.quick, impls=args.impl, steps=args.steps, save=not args.no_save)
+    if args.command == "model":
+        from . import model  # transformers is needed here only
+
+        return model.run(device, quick=args.quick, save=not args.no_save)
     from . import adapter
 
     return adapter.run(

@@ -4,11 +4,13 @@ PEFT finds no methods by itself: import this package before `PeftModel.from_pret
 """
 
 from .config import MtLoraConfig
-from .convert import from_official, to_official
+from .convert import config_from_official, from_official, to_official
 from .layer import MtLoraLayer
 from .model import MtLoraModel
 from .register import register
 
-__all__ = ["MtLoraConfig", "MtLoraLayer", "MtLoraModel", "from_official", "to_official"]
+__all__ = [
+    "MtLoraConfig", "MtLoraLayer", "MtLoraModel", "config_from_official", "from_official", "to_official",
+]  # fmt: skip
 
 register()

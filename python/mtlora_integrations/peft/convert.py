@@ -1,16 +1,19 @@
-"""Checkpoints of the official mtLoRA code and of HydraLoRA, to and from PEFT's."""
+"""Checkpoints and configurations of the official mtLoRA code and of HydraLoRA, to and from PEFT's."""
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .config import MtLoraConfig
 from .layer import MtLoraLayer
 
 # <module>.lora_A.weight, lora_B0.weight (linear layers) or lora_B.0.weight (blocks), lora_route.weight, expert_scales.0
 _OFFICIAL = re.compile(r"^(.+?)(?:\.block_adapter)?\.(lora_A|lora_B|lora_route|expert_scales)\.?(\d*)(?:\.weight)?$")
 _STACKED = ("lora_B", "expert_scales")
+_BLOCKS = {"attention": ["self_attn"], "ffn": ["mlp"], "both": ["self_attn", "mlp"]}  # by block_adapter_type
 _SCALES = {"expert_scales": "lora_scales"}  # PEFT up to 0.20 saves keys that contain the method's prefix only
 
 
@@ -66,3 +69,23 @@ def to_official(model: nn.Module, adapter_name: str = "default") -> dict[str, Te
         if scales is not None:
             converted |= {f"{prefix}.expert_scales.{i}": part for i, part in enumerate(scales)}
     return converted
+
+
+def config_from_official(config: Mapping[str, Any]) -> MtLoraConfig:
+    """The `MtLoraConfig` of a published adapter_config.json, parsed.
+
+    Raises:
+        ValueError: block_adapter_type is none of the published ones.
+    """
+    settings = {"lora_alpha": config["lora_alpha"], "lora_dropout": config["lora_dropout"], "r": config["r"]}
+    settings |= {"num_experts": config["lora_nums"], "task_type": config.get("task_type")}
+    settings["base_model_name_or_path"] = config.get("base_model_name_or_path")
+    if config.get("enable_fine_grained_routing"):
+        settings["group_size"] = config["routing_group_size"]
+    if not config.get("enable_block_adapter"):
+        return MtLoraConfig(target_modules=config["target_modules"], **settings)
+    kind = config["block_adapter_type"]
+    if kind not in _BLOCKS:
+        raise ValueError(f"block_adapter_type is {kind!r}, it must be one of {tuple(_BLOCKS)}")
+    settings |= {"r": config.get("block_adapter_rank") or config["r"], "style": config["block_adapter_style"]}
+    return MtLoraConfig(target_modules=_BLOCKS[kind], **settings)
