@@ -1,8 +1,10 @@
 """What an adapter stores: stacked parameters and their names in published checkpoints."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .mixture import RoutedMixture
 
@@ -39,6 +41,21 @@ class RoutedParameters(RoutedMixture):
             names["expert_scales"] = [f"expert_scales.{i}" for i in experts]
         return {name: [prefix + key for key in keys] for name, keys in names.items()}
 
+    def _fqn_modifiers(self) -> dict[str, str]:
+        # torch.distributed.checkpoint.state_dict follows every name of a state dict along attributes, and goes
+        # through the attribute that stands here for its first part.
+        firsts = {key.partition(".")[0] for keys in self._published("").values() for key in keys}
+        return dict.fromkeys(firsts, "_published_tree")
+
+    @property
+    def _published_tree(self) -> SimpleNamespace:
+        tree = SimpleNamespace()
+        for key in (key for keys in self._published("").values() for key in keys):
+            node = tree
+            for part in key.split("."):
+                node = node.__dict__.setdefault(part, SimpleNamespace())
+        return tree
+
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, keys in self._published(prefix).items():
@@ -50,7 +67,7 @@ class RoutedParameters(RoutedMixture):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors) -> None:
         published = self._published(prefix)
         for name, keys in published.items():
-            if prefix + name in state_dict:
+            if prefix + name in state_dict and not any(key in state_dict for key in keys):
                 continue  # saved from named_parameters(), already stacked
             parameter = getattr(self, name).detach()
             shape = parameter.shape[1:] if name in STACKED else parameter.shape
@@ -65,7 +82,19 @@ class RoutedParameters(RoutedMixture):
             # An expert that is not given keeps its values, as a separate module would; on meta it has none.
             if given and not misfits and (len(given) == len(keys) or not parameter.is_meta):
                 parts = [given[key] if key in given else parameter[i] for i, key in enumerate(keys)]
-                state_dict[prefix + name] = torch.stack(parts) if name in STACKED else parts[0]
+                value = torch.stack(parts) if name in STACKED else parts[0]
+                state_dict[prefix + name] = _sharded_like(parameter, value)
         own_missing: list[str] = []
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, own_missing, unexpected, errors)
         missing += [key for key in own_missing if key.removeprefix(prefix) not in published]
+
+
+def _sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """value, which every process holds whole, split as FSDP2 split parameter."""
+    if not hasattr(parameter, "placements") or hasattr(value, "placements"):
+        return value
+    from torch.distributed.tensor import distribute_tensor  # slow to import, and only sharded models need it
+
+    return distribute_tensor(
+        value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
