@@ -6,26 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import balance_loss, routed_lora
+from .loss import add_to_loss
 
 ACTIVATIONS = {"lowrank": None, "bottleneck": "relu", "adaptformer": "relu"}  # by style
-
-
-class _AddToLoss(torch.autograd.Function):
-    """out, unchanged; backward acts as if term had been added to the loss.
-
-    A term kept on the module for the trainer to collect has no gradient under reentrant checkpointing and
-    cannot leave a compiled checkpoint; backward finds this one wherever the forward ran.
-    """
-
-    @staticmethod
-    def forward(ctx, out: Tensor, term: Tensor) -> Tensor:
-        ctx.dtype = term.dtype
-        ctx.mark_dirty(out)  # otherwise autograd returns a view, which the model may not change in place
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_ones((), dtype=ctx.dtype)
 
 
 class RoutedMixture(nn.Module):
@@ -152,7 +135,7 @@ class RoutedMixture(nn.Module):
         out, load = result
         self.last_load.copy_(load.detach())
         if balanced and load.requires_grad:
-            out = _AddToLoss.apply(out, self.balance_coef * balance_loss(load) * self.balance_scale)
+            out = add_to_loss(out, self.balance_coef * balance_loss(load) * self.balance_scale)
         return out
 
     def extra_repr(self) -> str:
