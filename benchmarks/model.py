@@ -1,36 +1,24 @@
 """`python -m benchmarks model`: what the adapters cost a whole language model, training and decoding."""
 
-import gc
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from .model_contenders import BASE, Layout, ModelContender, model_contenders
-from .results import MODEL_FIELDS, RESULTS, append, provenance
+from .model_contenders import BASE, ModelContender, model_contenders
+from .model_layers import Layout
+from .model_report import ModelReport, ModelShape
+from .results import RESULTS
 from .small_batch import captured
-from .timing import Timing, time_call
+from .timing import time_call
 
 STEP_REPEATS = 3  # a step is long enough to be timed once; three show that nothing else ran
 DECODE_REPEATS = 20
 CACHE_LENGTH, PREFILL = 512, 16
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """A LLaMA by sizes, the tokens of one step as sequences x length, and the adapters put on it."""
-
-    name: str
-    config: dict
-    batch: int
-    length: int
-    dtype: torch.dtype
-    layouts: tuple[Layout, ...]
 
 
 # LLaMA-2-7B, the paper's 16 x 512 tokens, r = 16, N = 16, alpha = 64, two routing groups on the feed-forward block;
@@ -78,13 +66,13 @@ def run(device: torch.device, *, quick: bool = False, save: bool = True, folder:
     model = build(shape, device)
     ids = torch.randint(shape.config["vocab_size"], (shape.batch, shape.length), device=device)
     for index, layout in enumerate(shape.layouts):
-        for contender in [BASE] * (index == 0) + model_contenders(layout):
+        for contender in [BASE] * (index == 0) + model_contenders():
             measure(report, contender, layout, model, ids)
     return report.finish(folder if save else None)
 
 
 def measure(
-    report: "ModelReport", contender: ModelContender, layout: Layout, model: LlamaForCausalLM, ids: Tensor
+    report: ModelReport, contender: ModelContender, layout: Layout, model: LlamaForCausalLM, ids: Tensor
 ) -> None:
     adapted, detach = contender.attach(model, layout)
     adapted.train()
@@ -120,7 +108,7 @@ def _measure_step(record: Callable, adapted: nn.Module, ids: Tensor, device: tor
 
 
 @contextmanager
-def _checkpointing(model: LlamaForCausalLM, on: bool):
+def _checkpointing(model: LlamaForCausalLM, on: bool) -> Iterator[None]:
     if on:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     yield
@@ -137,79 +125,3 @@ def _decoder(model: LlamaForCausalLM) -> Callable[[], Tensor]:
     model(input_ids=prompt, use_cache=True, **{keyword: cache})
     token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     return lambda: model(input_ids=token, use_cache=True, **{keyword: cache}).logits
-
-
-class ModelReport:
-    """Prints and keeps the rows of one run."""
-
-    def __init__(self, shape: ModelShape, device: torch.device) -> None:
-        self.shape, self.device, self.rows = shape, device, []
-        self._provenance = provenance(device)
-        print("  ".join(f"{key} {value}" for key, value in self._provenance.items() if value))
-        print(f"{shape.name}, {shape.batch * shape.length} tokens, {shape.dtype}", flush=True)
-
-    @contextmanager
-    def row(self, contender: ModelContender, layout: Layout, measure: str):
-        """Yields what records one measurement. Running out of memory is a result too."""
-        try:
-            yield lambda *args, **kwargs: self._record(contender, layout, measure, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            self._keep(contender, layout, measure, note="out of memory")
-        gc.collect()  # after the exception and its frames are gone
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _record(
-        self,
-        contender: ModelContender,
-        layout: Layout,
-        measure: str,
-        time: Timing,
-        peak: int | None = None,
-        loss: float | None = None,
-    ) -> None:
-        base = [row for row in self.rows if (row["contender"], row["measure"]) == (BASE.name, measure)]
-        over = time.p50 / float(base[0]["p50_us"]) - 1 if base else None
-        self._keep(
-            contender,
-            layout,
-            measure,
-            p20_us=f"{time.p20:.1f}",
-            p50_us=f"{time.p50:.1f}",
-            p80_us=f"{time.p80:.1f}",
-            over_base=f"{over:.4f}" if over is not None else "",
-            peak_gb=f"{peak / 1e9:.2f}" if peak is not None else "",
-            loss="" if loss is None else repr(loss),
-        )
-
-    def _keep(self, contender: ModelContender, layout: Layout, measure: str, **values: str) -> None:
-        layout_name = "" if contender is BASE else layout.name
-        adapters = {"placement": layout_name, "rank": layout.rank, "experts": layout.experts, "groups": layout.groups}
-        self.rows.append(
-            self._provenance
-            | {"model": self.shape.name, "tokens": self.shape.batch * self.shape.length}
-            | {"dtype": str(self.shape.dtype).removeprefix("torch."), "contender": contender.name, "measure": measure}
-            | (adapters if layout_name else {})
-            | values
-        )
-        line = f"  {layout_name:<12}{contender.name:<26}{measure:<22}"
-        if "note" in values:
-            print(line + values["note"], flush=True)
-            return
-        line += f"{float(values['p50_us']) / 1e3:>10.2f} ms"
-        line += f"  {float(values['over_base']):+.1%}" if values["over_base"] else ""
-        line += f"  peak {values['peak_gb']} GB" if values["peak_gb"] else ""
-        print(line + (f"  loss {float(values['loss']):.6f}" if values["loss"] else ""), flush=True)
-
-    def finish(self, folder: Path | None) -> int:
-        if folder:
-            append(folder / "model.csv", MODEL_FIELDS, self.rows)
-            print(f"{len(self.rows)} rows appended to {folder / 'model.csv'}")
-        status = 0
-        for placement in {row.get("placement") for row in self.rows} - {None}:
-            ours = [r for r in self.rows if r.get("placement") == placement and r["contender"].startswith("mtlora_")]
-            losses = {row["contender"]: row["loss"] for row in ours if row.get("loss")}
-            if len(set(losses.values())) > 1:
-                print(f"{placement}: LOSSES DIFFER, {losses}")
-                status = 1
-        return status

@@ -1,0 +1,103 @@
+"""Rows of one run of `benchmarks model`: printed as they are measured, compared, saved."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .model_contenders import BASE, ModelContender, model_contenders
+from .model_layers import Layout
+from .results import MODEL_FIELDS, append, provenance
+from .timing import Timing
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A LLaMA by sizes, the tokens of one step as sequences x length, and the adapters put on it."""
+
+    name: str
+    config: dict
+    batch: int
+    length: int
+    dtype: torch.dtype
+    layouts: tuple[Layout, ...]
+
+
+class ModelReport:
+    """Prints and keeps the rows of one run."""
+
+    def __init__(self, shape: ModelShape, device: torch.device) -> None:
+        self.shape, self.device, self.rows = shape, device, []
+        self._provenance = provenance(device)
+        print("  ".join(f"{key} {value}" for key, value in self._provenance.items() if value))
+        print(f"{shape.name}, {shape.batch * shape.length} tokens, {shape.dtype}", flush=True)
+
+    @contextmanager
+    def row(self, contender: ModelContender, layout: Layout, measure: str) -> Iterator[Callable]:
+        """Yields what records one measurement. Running out of memory is a result too."""
+        try:
+            yield lambda *args, **kwargs: self._record(contender, layout, measure, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            self._keep(contender, layout, measure, note="out of memory")
+        gc.collect()  # after the exception and its frames are gone
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _record(
+        self,
+        contender: ModelContender,
+        layout: Layout,
+        measure: str,
+        time: Timing,
+        peak: int | None = None,
+        loss: float | None = None,
+    ) -> None:
+        base = [row for row in self.rows if (row["contender"], row["measure"]) == (BASE.name, measure)]
+        over = time.p50 / float(base[0]["p50_us"]) - 1 if base else None
+        self._keep(
+            contender,
+            layout,
+            measure,
+            p20_us=f"{time.p20:.1f}",
+            p50_us=f"{time.p50:.1f}",
+            p80_us=f"{time.p80:.1f}",
+            over_base=f"{over:.4f}" if over is not None else "",
+            peak_gb=f"{peak / 1e9:.2f}" if peak is not None else "",
+            loss="" if loss is None else repr(loss),
+        )
+
+    def _keep(self, contender: ModelContender, layout: Layout, measure: str, **values: str) -> None:
+        layout_name = "" if contender is BASE else layout.name
+        adapters = {"placement": layout_name, "rank": layout.rank, "experts": layout.experts, "groups": layout.groups}
+        self.rows.append(
+            self._provenance
+            | {"model": self.shape.name, "tokens": self.shape.batch * self.shape.length}
+            | {"dtype": str(self.shape.dtype).removeprefix("torch."), "contender": contender.name, "measure": measure}
+            | (adapters if layout_name else {})
+            | values
+        )
+        line = f"  {layout_name:<12}{contender.name:<26}{measure:<22}"
+        if "note" in values:
+            print(line + values["note"], flush=True)
+            return
+        line += f"{float(values['p50_us']) / 1e3:>10.2f} ms"
+        line += f"  {float(values['over_base']):+.1%}" if values["over_base"] else ""
+        line += f"  peak {values['peak_gb']} GB" if values["peak_gb"] else ""
+        print(line + (f"  loss {float(values['loss']):.6f}" if values["loss"] else ""), flush=True)
+
+    def finish(self, folder: Path | None) -> int:
+        if folder:
+            append(folder / "model.csv", MODEL_FIELDS, self.rows)
+            print(f"{len(self.rows)} rows appended to {folder / 'model.csv'}")
+        status = 0
+        exact = {contender.name for contender in model_contenders() if contender.exact}
+        for placement in {row.get("placement") for row in self.rows} - {None}:
+            rows = [row for row in self.rows if row.get("placement") == placement and row["contender"] in exact]
+            losses = {row["contender"]: row["loss"] for row in rows if row.get("loss")}
+            if len(set(losses.values())) > 1:
+                print(f"{placement}: LOSSES DIFFER, {losses}")
+                status = 1
+        return status
