@@ -42,8 +42,8 @@ class ModelReport:
             yield lambda *args, **kwargs: self._record(contender, layout, measure, *args, **kwargs)
         except torch.OutOfMemoryError:
             self._keep(contender, layout, measure, note="out of memory")
-        gc.collect()  # after the exception and its frames are gone
-        if self.device.type == "cuda":
+        if self.device.type == "cuda":  # after the exception and its frames are gone
+            gc.collect()
             torch.cuda.empty_cache()
 
     def _record(
