@@ -17,7 +17,13 @@ _TABLE = {
     "reference": (None, (*LOW_PRECISION, torch.float64), "reference.routed_lora", "reference.routed_lora_bwd"),
 }
 IMPLS = tuple(_TABLE)
-
+# The spectral operators: name -> (device type, module with batched_rsvd, module with the other three), fastest first
+_SPECTRAL_TABLE = {
+    "cpu": ("cpu", "native.cpu_spectral", "native.cpu_spectral"),
+    "cuda": ("cuda", "native.cuda_spectral", "native.cuda_spectral"),
+    "reference": (None, "reference.rsvd", "reference.spectral"),
+}
+SPECTRAL_IMPLS = tuple(_SPECTRAL_TABLE)
 
 _BUILT = {
     "cpu": importlib.util.find_spec("mtlora_kernels._C") is not None,
@@ -41,6 +47,36 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
     """
     kind = torch.device(device).type
     return tuple(impl for impl in reversed(IMPLS) if _runs_on(impl, kind) and _BUILT[impl])
+
+
+def _has_spectral_cuda() -> bool:
+    """Whether the extension was built with the CUDA kernels; asked for CUDA tensors only, as it loads `_C`."""
+    if not _BUILT["cpu"]:
+        return False
+    from . import _C  # as a statement, which torch.compile can trace
+
+    return hasattr(_C, "batched_rsvd_cuda")
+
+
+def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
+    """Names that `impl=` of `batched_rsvd` and `spectral_penalty` accepts on this device, the reference first.
+
+    >>> available_spectral_impls("cpu")
+    ('reference', 'cpu')
+    """
+    kind = torch.device(device).type
+    built = {"cpu": lambda: _BUILT["cpu"], "cuda": _has_spectral_cuda, "reference": lambda: True}
+    return tuple(i for i in reversed(SPECTRAL_IMPLS) if _SPECTRAL_TABLE[i][0] in (None, kind) and built[i]())
+
+
+def resolve_spectral(impl: str | None, device: torch.device) -> str:
+    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
+    available = available_spectral_impls(device)
+    if impl is None:
+        return available[-1]
+    if impl not in available:
+        raise ValueError(f"impl is {impl!r}, it must be None or one of {available} for tensors on {device}")
+    return impl
 
 
 def resolve(impl: str | None, device: torch.device, compute_dtype: torch.dtype) -> str:
@@ -69,3 +105,15 @@ def routed_lora_kernels(impl: str):
     """(forward, backward) of an implementation; its module is imported on first use."""
     _, _, forward, backward = _TABLE[impl]
     return _module(forward).routed_lora_fwd, _module(backward).routed_lora_bwd
+
+
+@cache
+def batched_rsvd_kernel(impl: str):
+    """batched_rsvd of an implementation; its module is imported on first use."""
+    return _module(_SPECTRAL_TABLE[impl][1]).batched_rsvd
+
+
+@cache
+def spectral_kernels(impl: str) -> ModuleType:
+    """The module with spectral_weights, spectral_penalty_fwd and spectral_penalty_bwd of an implementation."""
+    return _module(_SPECTRAL_TABLE[impl][2])
