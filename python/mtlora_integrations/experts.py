@@ -23,16 +23,25 @@ def _over(slices: Sequence[Tensor]) -> Tensor:
     return first.as_strided((len(slices), *first.shape), (first.numel(), *first.stride()))
 
 
+def weight_of(linear: nn.Module) -> Tensor:
+    """linear.weight, at a third of the time: a call asks for one per expert."""
+    weight = linear._parameters.get("weight")
+    return linear.weight if weight is None else weight
+
+
 def in_a_row(slices: Sequence[Tensor]) -> bool:
     """Whether the tensors are consecutive slices of one storage, so that one tensor can lie over them."""
     first = slices[0]
-    start, step = first.data_ptr(), first.numel() * first.element_size()
-    storage = first.untyped_storage()
+    count, strides, at = first.numel(), first.stride(), first.data_ptr()
+    step, storage = count * first.element_size(), first.untyped_storage()
     # Two storages may be neighbours in memory; all must lie inside the first one's.
-    return start + len(slices) * step <= storage.data_ptr() + storage.nbytes() and all(
-        s.data_ptr() == start + i * step and s.shape == first.shape and s.dtype == first.dtype and s.is_contiguous()
-        for i, s in enumerate(slices)
-    )
+    if not first.is_contiguous() or at + len(slices) * step > storage.data_ptr() + storage.nbytes():
+        return False
+    for s in slices:
+        if s.data_ptr() != at or s.stride() != strides or s.numel() != count:
+            return False
+        at += step
+    return True
 
 
 def stacked(experts: Sequence[Tensor]) -> Tensor:

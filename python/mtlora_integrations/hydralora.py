@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .layer import SwappedLinear, runs_base_alone
+from .linear import SwappedLinear, runs_base_alone
 
 
 class HydraLinear(SwappedLinear):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import mtlora_kernels as mk
 
-from .experts import separate, share, stacked
+from .experts import separate, share
 
 
 class SwappedLayer:
@@ -59,12 +59,16 @@ class SwappedLayer:
         options |= {"numerics": self.numerics, "compute_dtype": dtype, "impl": self.impl}
         result = mk.routed_lora(x, lora_a, lora_b, return_load=balance, **options)
         out, load = result if balance else (result, None)
-        if balance or hasattr(self, "last_blc"):  # HydraLoRA's layer has none
+        # Attributes are set where they change: a module takes its time over that.
+        if balance or getattr(self, "last_blc", None) is not None:
             self.last_blc = mk.balance_loss(load) if balance else None
-        self.reruns = self.training and not torch.is_grad_enabled()
+        if self.reruns != (self.training and not torch.is_grad_enabled()):
+            self.reruns = not self.reruns
         return out if self.reruns else self._with_waiting_terms(out, lora_b)
 
     def _with_waiting_terms(self, out: Tensor, lora_b: Tensor) -> Tensor:
+        if self.balance_grad is None and self.experts_grad is None:
+            return out
         if self.balance_grad is not None:
             out = mk.nn.add_to_loss(out, self.balance_grad * self.last_blc)
             self.last_blc = None  # collected already, before this rerun
@@ -146,56 +150,3 @@ def mixed_dtypes(dtype: torch.dtype, *others: torch.dtype) -> str | None:
 
 def active_dropout(dropout: Any) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-class SwappedLinear(SwappedLayer):
-    """The linear layer of both hosts: a frozen base, one A, lora_num experts lora_B{i}, a router per token."""
-
-    @staticmethod
-    def fits(layer: Any) -> bool:
-        return isinstance(layer, nn.Linear) and hasattr(layer, "lora_num") and hasattr(layer, "lora_route")
-
-    @staticmethod
-    def expert_lists(layer: Any) -> list[list[nn.Parameter]]:
-        return [[getattr(layer, f"lora_B{i}").weight for i in range(layer.lora_num)]]
-
-    @staticmethod
-    def operands(layer: Any) -> dict[str, Any]:
-        (experts,) = SwappedLinear.expert_lists(layer)
-        return {
-            "lora_a": layer.lora_A.weight,
-            "lora_b": experts,
-            "router": layer.lora_route.weight,
-            "num_groups": getattr(layer, "num_groups", 1),
-        }
-
-    @staticmethod
-    def note(layer: Any) -> str:
-        if getattr(layer.lora_dropout, "p", 0) == 0 or getattr(layer, "enable_fine_grained_routing", False):
-            return ""
-        return ", one dropout mask for all experts, where the host draws one for each"
-
-    def adapted(self, x: Tensor, balance: bool = False) -> Tensor | None:
-        """Base and mixture; None where the host must do it."""
-        operands = self.operands(self)
-        dtype = compute_dtype(x, operands["lora_a"])
-        weight = self.weight.T if self.fan_in_fan_out else self.weight
-        base = nn.functional.linear(x, weight.to(x.dtype), self.bias)
-        if self.host_must_run(mixed_dtypes(dtype, base.dtype)):
-            return None
-        operands["lora_b"] = stacked(operands["lora_b"])
-        return self.mixture(
-            x,
-            **operands,
-            dtype=dtype,
-            balance=balance,
-            residual=base,
-            scaling=self.scaling,
-            accumulate_into_residual=self.numerics == "eager",
-            dropout_p=active_dropout(self.lora_dropout),
-        )
-
-
-def runs_base_alone(layer: Any) -> bool:
-    """Adapters off, or merged into the base: the host's forward is the answer."""
-    return layer.disable_adapters or layer.merged

@@ -7,15 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .experts import stacked
-from .layer import (
-    SwappedLayer,
-    SwappedLinear,
-    active_dropout,
-    compute_dtype,
-    mixed_dtypes,
-    runs_base_alone,
-)
+from .experts import stacked, weight_of
+from .layer import SwappedLayer, active_dropout, compute_dtype, mixed_dtypes
+from .linear import SwappedLinear, runs_base_alone
 
 
 class ComponentLinear(SwappedLinear):
@@ -47,7 +41,7 @@ class BlockAdapter(SwappedLayer):
 
     @staticmethod
     def expert_lists(layer: Any) -> list[list[nn.Parameter]]:
-        return [[expert.weight for expert in layer.lora_B]]
+        return [[weight_of(expert) for expert in layer.lora_B._modules.values()]]
 
     @staticmethod
     def operands(layer: Any) -> dict[str, Any]:
