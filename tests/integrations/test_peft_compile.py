@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
+import transformers
 from peft import get_peft_model
 from tiny_llama import tiny_llama, tokens, train_experts
 
@@ -35,10 +36,9 @@ def test_one_graph_over_sequence_lengths():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 reads the static cache's length on the host")
 def test_a_step_of_decoding_is_one_graph():
     """The static cache's length is a tensor, so that no step differs from the one before."""
-    from transformers import StaticCache
-
     # The fused attention of the base model itself has other bits when compiled for one token.
     model = tiny_llama(num_hidden_layers=1, attn_implementation="eager")
     model = get_peft_model(model, MtLoraConfig(target_modules=["mlp"], r=4, num_experts=3))
@@ -48,7 +48,7 @@ def test_a_step_of_decoding_is_one_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
-    caches = [{keyword: StaticCache(config=base.config, max_cache_len=16)} for _ in range(2)]
+    caches = [{keyword: transformers.StaticCache(config=base.config, max_cache_len=16)} for _ in range(2)]
     with torch.no_grad():
         for cache in caches:
             base(input_ids=tokens(1, 5), use_cache=True, **cache)

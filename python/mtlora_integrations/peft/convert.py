@@ -57,7 +57,7 @@ def to_official(model: nn.Module, adapter_name: str = "default") -> dict[str, Te
     """
     converted: dict[str, Tensor] = {}
     for module_name, layer in model.named_modules():
-        if not isinstance(layer, MtLoraLayer) or adapter_name not in layer.mixtures:
+        if not isinstance(layer, MtLoraLayer) or adapter_name not in layer.lora_mixtures:
             continue
         prefix = module_name.removesuffix(".block_adapter") if layer.component else module_name
         expert = "lora_B" if layer.component else "lora_B."

@@ -26,14 +26,14 @@ class MtLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_route", "lora_scales")
-    other_param_names = ("mixtures",)
+    other_param_names = ("lora_mixtures",)  # "lora_": PEFT up to 0.18 looks below other names when it deletes
 
     def __init__(self, in_features: int, out_features: int, component: bool) -> None:
         super().__init__()
         self.in_features, self.out_features, self.component = in_features, out_features, component
         for name in self.adapter_layer_names:
             setattr(self, name, nn.ParameterDict())
-        self.mixtures = nn.ModuleDict()
+        self.lora_mixtures = nn.ModuleDict()
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
 
@@ -48,16 +48,16 @@ class MtLoraLayer(nn.Module, BaseTunerLayer):
         for name, parameter in zip(self.adapter_layer_names, parameters.values(), strict=True):
             if parameter is not None:  # drawn in fp32 and rounded, so that the values do not depend on dtype
                 getattr(self, name)[adapter_name] = nn.Parameter(parameter.detach().to(dtype))
-        self.mixtures[adapter_name] = mixture.train(self.training)
+        self.lora_mixtures[adapter_name] = mixture.train(self.training)
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         """residual plus every active adapter's mixture of x, in their order."""
         if self.disable_adapters:
             return residual
         for name in self.active_adapters:
-            if name in self.mixtures:
+            if name in self.lora_mixtures:
                 parameters = self.parameters_of(name)
-                residual = self.mixtures[name].mix(x, residual, *parameters, accumulate=self.component)
+                residual = self.lora_mixtures[name].mix(x, residual, *parameters, accumulate=self.component)
         return residual
 
     def parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
