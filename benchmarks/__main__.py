@@ -10,7 +10,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default, help="cpu or cuda (default: %(default)s)")
     command.add_argument("--quick", action="store_true", help="small sizes, under a minute")
-    command.add_argument("--impl", nargs="+", default=(), help="implementations (default: all but the reference)")
+    command.add_argument(
+        "--impl", nargs="+", default=(), help="implementations (default: all but the reference; model: the fastest)"
+    )
     command.add_argument("--no-save", action="store_true", help="do not append to benchmarks/results")
 
 
@@ -50,7 +52,7 @@ def main() -> int:
     if args.command == "model":
         from . import model  # transformers is needed here only
 
-        return model.run(device, quick=args.quick, save=not args.no_save)
+        return model.run(device, quick=args.quick, impls=args.impl, save=not args.no_save)
     from . import adapter
 
     return adapter.run(

@@ -1,7 +1,7 @@
 """`python -m benchmarks model`: what the adapters cost a whole language model, training and decoding."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,10 +12,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from .model_contenders import BASE, ModelContender, model_contenders
 from .model_layers import Layout
 from .model_report import ModelReport, ModelShape
+from .registry import default_impls
 from .results import RESULTS
 from .small_batch import captured
 from .timing import time_call
 
+WARM_UP_STEPS = 3  # libraries and clocks settle before base alone is timed
 STEP_REPEATS = 3  # a step is long enough to be timed once; three show that nothing else ran
 DECODE_REPEATS = 20
 CACHE_LENGTH, PREFILL = 512, 16
@@ -59,14 +61,24 @@ def build(shape: ModelShape, device: torch.device) -> LlamaForCausalLM:
     return model
 
 
-def run(device: torch.device, *, quick: bool = False, save: bool = True, folder: Path = RESULTS) -> int:
-    """Exit status 0, or 1 if the losses of this package's contenders differ."""
+def run(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    impls: Sequence[str] = (),
+    save: bool = True,
+    folder: Path = RESULTS,
+) -> int:
+    """Exit status 0, or 1 if losses differ that have to be equal. impls is by default the fastest one."""
     shape = LLAMA_7B if device.type == "cuda" and not quick else SMALL
     report = ModelReport(shape, device)
     model = build(shape, device)
     ids = torch.randint(shape.config["vocab_size"], (shape.batch, shape.length), device=device)
-    for index, layout in enumerate(shape.layouts):
-        for contender in [BASE] * (index == 0) + model_contenders():
+    for _ in range(WARM_UP_STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+    measure(report, BASE, shape.layouts[0], model, ids)
+    for layout in shape.layouts:
+        for contender in model_contenders(impls or default_impls(device)[-1:]):
             measure(report, contender, layout, model, ids)
     return report.finish(folder if save else None)
 
@@ -74,7 +86,7 @@ def run(device: torch.device, *, quick: bool = False, save: bool = True, folder:
 def measure(
     report: ModelReport, contender: ModelContender, layout: Layout, model: LlamaForCausalLM, ids: Tensor
 ) -> None:
-    adapted, detach = contender.attach(model, layout)
+    adapted, detach = contender.attach(model, layout, contender.impl)
     adapted.train()
     for checkpointing in (False, True):
         name = "step, checkpointing" if checkpointing else "step"

@@ -1,7 +1,7 @@
 """The adapters that a whole model is timed with, put on and taken off. All hold the same values."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -11,6 +11,7 @@ import mtlora_kernels as mk
 from mtlora_integrations import swap_in, swap_out
 
 from .model_layers import HandWritten, Layout, LoraLinear, LowRankBlockAdapter
+from .registry import PACKAGE
 
 B_STD = 1e-3  # of the experts; zeros, the first values, would run faster than trained ones
 
@@ -19,9 +20,12 @@ Attached = tuple[nn.Module, Callable[[], object]]  # the module to call, and how
 
 @dataclass(frozen=True)
 class ModelContender:
+    """attach is called with the model, the layout and impl, which is empty for rivals."""
+
     name: str
-    attach: Callable[[nn.Module, Layout], Attached]
+    attach: Callable[[nn.Module, Layout, str], Attached]
     exact: bool = False  # the losses of those that are have the same bits
+    impl: str = ""
 
 
 def fill(adapters: Iterable[nn.Module]) -> None:
@@ -45,11 +49,11 @@ def _widths(module: nn.Module, model: nn.Module) -> tuple[int, int]:
     return getattr(module, "in_features", width), getattr(module, "out_features", width)
 
 
-def _base(model: nn.Module, layout: Layout) -> Attached:
+def _base(model: nn.Module, layout: Layout, impl: str) -> Attached:
     return model, lambda: None
 
 
-def _published(model: nn.Module, layout: Layout) -> Attached:
+def _published(model: nn.Module, layout: Layout, impl: str) -> Attached:
     undo: list[Callable[[], object]] = []
     adapters: list[nn.Module] = []
     for name, module in layout.modules(model):
@@ -71,35 +75,37 @@ def _add_delta(block: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return output + block.block_adapter(args[0])
 
 
-def _swapped(model: nn.Module, layout: Layout) -> Attached:
-    _, detach = _published(model, layout)
-    swap_in(model, strict=True)
+def _swapped(model: nn.Module, layout: Layout, impl: str) -> Attached:
+    _, detach = _published(model, layout, impl)
+    swap_in(model, impl=impl, strict=True)
     return model, lambda: (swap_out(model), detach())
 
 
-def _hooked(make: Callable[[int, int, Layout, Tensor], nn.Module], model: nn.Module, layout: Layout) -> Attached:
+def _hooked(model: nn.Module, layout: Layout, make: Callable[[int, int, Tensor], nn.Module]) -> Attached:
     modules = [module for _, module in layout.modules(model)]
+    width = model.config.hidden_size  # in and out of a block; a linear layer has its own
     for module in modules:
-        adapter = make(*_widths(module, model), layout, next(module.parameters()))
-        mk.nn.add_block_adapter(module, adapter)
+        d_in, d_out = getattr(module, "in_features", width), getattr(module, "out_features", width)
+        mk.nn.add_block_adapter(module, make(d_in, d_out, next(module.parameters())))
     fill([module.block_adapter for module in modules])
     return model, lambda: [mk.nn.remove_block_adapter(module) for module in modules]
 
 
-def _routed_lora(d_in: int, d_out: int, layout: Layout, like: Tensor) -> nn.Module:
-    return mk.nn.RoutedLoRA(
-        d_in,
-        layout.rank,
-        layout.experts,
-        out_features=d_out,
-        num_groups=layout.groups,
-        alpha=layout.alpha,
-        device=like.device,
-        dtype=like.dtype,
-    )
+def _hand_written(model: nn.Module, layout: Layout, impl: str) -> Attached:
+    return _hooked(model, layout, lambda d_in, d_out, like: HandWritten(d_in, d_out, layout, like))
 
 
-def _peft(model: nn.Module, layout: Layout) -> Attached:
+def _attached(model: nn.Module, layout: Layout, impl: str) -> Attached:
+    sizes, options = (layout.rank, layout.experts), {"num_groups": layout.groups, "alpha": layout.alpha, "impl": impl}
+
+    def make(d_in: int, d_out: int, like: Tensor) -> nn.Module:
+        placed = {"device": like.device, "dtype": like.dtype}
+        return mk.nn.RoutedLoRA(d_in, *sizes, out_features=d_out, **options, **placed)
+
+    return _hooked(model, layout, make)
+
+
+def _peft(model: nn.Module, layout: Layout, impl: str) -> Attached:
     from peft import get_peft_model
 
     from mtlora_integrations.peft import MtLoraConfig, MtLoraLayer
@@ -113,18 +119,21 @@ def _peft(model: nn.Module, layout: Layout) -> Attached:
     )
     adapted = get_peft_model(model, config)
     fill([module for module in adapted.modules() if isinstance(module, MtLoraLayer)])
+    for module in adapted.modules():
+        if isinstance(module, mk.nn.RoutedMixture):
+            module.impl = impl
     return adapted, adapted.unload
 
 
 BASE = ModelContender("base alone", _base)
 PUBLISHED = ModelContender("published-style layers", _published)
-HAND_WRITTEN = ModelContender("hand-written", lambda model, layout: _hooked(HandWritten, model, layout))
-ATTACHED = ModelContender("mtlora_kernels attached", lambda model, layout: _hooked(_routed_lora, model, layout), True)
-PEFT = ModelContender("mtlora_kernels peft", _peft, True)
-SWAPPED = ModelContender("mtlora_kernels swap_in", _swapped)
+HAND_WRITTEN = ModelContender("hand-written", _hand_written)
+SWAPPED = ModelContender(f"{PACKAGE} swap_in", _swapped)
+ATTACHED = ModelContender(f"{PACKAGE} attached", _attached, exact=True)
+PEFT = ModelContender(f"{PACKAGE} peft", _peft, exact=True)
 
 
-def model_contenders() -> list[ModelContender]:
-    """Those that are installed, in the order of the table."""
-    found = [PUBLISHED, SWAPPED, HAND_WRITTEN, ATTACHED]
-    return [*found, PEFT] if find_spec("peft") else found
+def model_contenders(impls: Sequence[str]) -> list[ModelContender]:
+    """Rivals, and those of this package that are installed on each implementation."""
+    ours = [SWAPPED, ATTACHED, *([PEFT] if find_spec("peft") else [])]
+    return [PUBLISHED, HAND_WRITTEN, *(replace(contender, impl=impl) for impl in impls for contender in ours)]

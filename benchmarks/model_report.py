@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from .model_contenders import BASE, ModelContender, model_contenders
+from .model_contenders import BASE, ModelContender
 from .model_layers import Layout
 from .results import MODEL_FIELDS, append, provenance
 from .timing import Timing
@@ -75,11 +75,12 @@ class ModelReport:
         self.rows.append(
             self._provenance
             | {"model": self.shape.name, "tokens": self.shape.batch * self.shape.length}
-            | {"dtype": str(self.shape.dtype).removeprefix("torch."), "contender": contender.name, "measure": measure}
+            | {"dtype": str(self.shape.dtype).removeprefix("torch."), "contender": contender.name}
+            | {"impl": contender.impl, "measure": measure, "exact": contender.exact}
             | (adapters if layout_name else {})
             | values
         )
-        line = f"  {layout_name:<12}{contender.name:<26}{measure:<22}"
+        line = f"  {layout_name:<12}{f'{contender.name} {contender.impl}':<34}{measure:<22}"
         if "note" in values:
             print(line + values["note"], flush=True)
             return
@@ -89,15 +90,16 @@ class ModelReport:
         print(line + (f"  loss {float(values['loss']):.6f}" if values["loss"] else ""), flush=True)
 
     def finish(self, folder: Path | None) -> int:
+        """Exit status: 1 if the losses of exact contenders differ in a place."""
         if folder:
-            append(folder / "model.csv", MODEL_FIELDS, self.rows)
+            kept = [{name: row[name] for name in MODEL_FIELDS if name in row} for row in self.rows]
+            append(folder / "model.csv", MODEL_FIELDS, kept)
             print(f"{len(self.rows)} rows appended to {folder / 'model.csv'}")
-        status = 0
-        exact = {contender.name for contender in model_contenders() if contender.exact}
-        for placement in {row.get("placement") for row in self.rows} - {None}:
-            rows = [row for row in self.rows if row.get("placement") == placement and row["contender"] in exact]
-            losses = {row["contender"]: row["loss"] for row in rows if row.get("loss")}
-            if len(set(losses.values())) > 1:
-                print(f"{placement}: LOSSES DIFFER, {losses}")
-                status = 1
-        return status
+        losses: dict[str, set[str]] = {}
+        for row in self.rows:
+            if row["exact"] and row.get("loss"):
+                losses.setdefault(row["placement"], set()).add(row["loss"])
+        unequal = {placement: values for placement, values in losses.items() if len(values) > 1}
+        for placement, values in unequal.items():
+            print(f"{placement}: LOSSES DIFFER, {sorted(values)}")
+        return int(bool(unequal))

@@ -26,7 +26,7 @@ TRAIN_FIELDS = (
 )  # fmt: skip
 MODEL_FIELDS = (
     *PROVENANCE, "model", "tokens", "dtype", "placement", "rank", "experts", "groups", "contender",
-    "measure", "p20_us", "p50_us", "p80_us", "over_base", "peak_gb", "loss", "note",
+    "impl", "measure", "p20_us", "p50_us", "p80_us", "over_base", "peak_gb", "loss", "note",
 )  # fmt: skip
 LOSS_FIELDS = (*PROVENANCE, "impl", "step", "loss")
 

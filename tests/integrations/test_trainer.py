@@ -30,7 +30,7 @@ def precision_of_its_own(monkeypatch):
 
 def adapted(**settings) -> PeftModel:
     config = MtLoraConfig(target_modules=["mlp", "q_proj"], r=4, num_experts=3, num_groups=2, **settings)
-    return train_experts(get_peft_model(tiny_llama(), config))
+    return train_experts(get_peft_model(tiny_llama(use_cache=False), config))
 
 
 def arguments(folder, **changes) -> TrainingArguments:
