@@ -10,7 +10,13 @@ from torch import nn
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from peft.utils import PeftType
 from safetensors.torch import load_file
 from tiny_llama import WIDTH, tiny_llama, tokens, train_experts
@@ -206,6 +212,15 @@ def test_transformers_own_adapter_api(tmp_path):
     model = tiny_llama()
     model.load_adapter(str(tmp_path))
     assert torch.equal(logits(model), expected)
+
+
+def test_injection_by_configuration_and_by_state_dict():
+    source = adapted("both")
+    saved = {name.removeprefix("base_model.model."): p for name, p in get_peft_model_state_dict(source).items()}
+    for names in ({}, {"state_dict": saved}):
+        model = inject_adapter_in_model(config("both"), tiny_llama(), **names)
+        assert not set_peft_model_state_dict(model, dict(saved)).unexpected_keys
+        assert torch.equal(logits(model), logits(source))
 
 
 @pytest.mark.parametrize("implementation", [None, "static"])

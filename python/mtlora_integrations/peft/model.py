@@ -1,9 +1,10 @@
 """Puts the layers of a configuration onto a model, and takes them off."""
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, NoReturn
 
 from peft.tuners.tuners_utils import BaseTuner
-from torch import nn
+from torch import Tensor, nn
 
 import mtlora_kernels as mk
 
@@ -23,6 +24,19 @@ class MtLoraModel(BaseTuner):
     prefix = "lora_"
     tuner_layer_cls = MtLoraLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no defaults: the paper compares several places
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        *args: Any,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As in the base class, which takes from a state dict the names of the modules that have adapters."""
+        if state_dict is not None:
+            state_dict = {key.replace(".block_adapter.", "."): value for key, value in state_dict.items()}
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
 
     def _create_and_replace(
         self,
