@@ -45,6 +45,17 @@ def add_spectral_gradient(model: nn.Module, coef: float, **options: Any) -> Tens
     return penalty.detach()
 
 
+def _active_mixtures(model: nn.Module) -> list[mk.nn.RoutedMixture]:
+    """The adapters of model, without those of PEFT that are switched off."""
+    off = {
+        mixture
+        for layer in model.modules()
+        for name, mixture in getattr(layer, "lora_mixtures", {}).items()
+        if name not in layer.active_adapters
+    }
+    return [m for m in model.modules() if isinstance(m, mk.nn.RoutedMixture) and m not in off]
+
+
 class MtLoraTrainerMixin:
     """Adds mtLoRA's two terms to a Trainer: ``class MyTrainer(MtLoraTrainerMixin, Trainer)``.
 
@@ -76,7 +87,7 @@ class MtLoraTrainerMixin:
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._mixtures = [m for m in self.model.modules() if isinstance(m, mk.nn.RoutedMixture)]
+        self._mixtures = _active_mixtures(self.model)
         if not self._mixtures:
             raise ValueError(f"model is a {type(self.model).__name__} without routed adapters, it must have some")
         if spectral_coef and self.is_deepspeed_enabled:

@@ -132,6 +132,17 @@ def test_logs(tmp_path):
     assert len({row["spectral_penalty"] for row in logs}) == len(logs)
 
 
+def test_adapters_that_are_off_do_not_count(tmp_path):
+    model = adapted()
+    model.add_adapter("second", MtLoraConfig(target_modules=["mlp"], r=2, num_experts=5))
+    trainer = MtLoraTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=DATA, balance_coef=1.0)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert "load/expert_3" not in log and math.isclose(log["load/expert_0"] * 3, 1, rel_tol=0.2)
+    coefficients = [m.balance_coef for m in model.modules() if isinstance(m, mk.nn.RoutedMixture)]
+    assert sorted(coefficients) == [0, 0, 0.25, 0.25, 0.25, 0.25]  # two layers of mlp and q_proj
+
+
 def test_statistics_of_equal_and_of_one_sided_loads():
     equal, one, other = torch.full((4,), 0.25), torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
     got = routing_statistics([equal])
