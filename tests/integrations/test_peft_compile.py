@@ -1,9 +1,11 @@
 """torch.compile over a whole adapted model: one graph, no recompile over sequence lengths, the same bits."""
 
 import inspect
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -36,24 +38,66 @@ def test_one_graph_over_sequence_lengths():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 reads the static cache's length on the host")
+static_cache = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="transformers 4 reads the static cache's length on the host"
+)
+
+
+def decoder(model: nn.Module, prompt: Tensor, length: int = 16) -> Callable[[Tensor], Tensor]:
+    """From one token to its logits, after the prompt, through a static cache; `reset` goes back to the prompt."""
+    accepted = inspect.signature(model.model.forward).parameters
+    keyword = "cache" if "cache" in accepted else "past_key_values"  # renamed within transformers 5
+    cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+
+    def call(ids: Tensor, model: nn.Module = model) -> Tensor:
+        return model(input_ids=ids, use_cache=True, **{keyword: cache}).logits
+
+    def reset() -> None:
+        for tensor in (t for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)):
+            tensor.zero_()
+        call(prompt)
+
+    call(prompt)
+    call.reset = reset
+    return call
+
+
+@static_cache
+@torch.no_grad()
 def test_a_step_of_decoding_is_one_graph():
-    """The static cache's length is a tensor, so that no step differs from the one before."""
     # The fused attention of the base model itself has other bits when compiled for one token.
     model = tiny_llama(num_hidden_layers=1, attn_implementation="eager")
     model = get_peft_model(model, MtLoraConfig(target_modules=["mlp"], r=4, num_experts=3))
     base = train_experts(model).eval().base_model.model
-    accepted = inspect.signature(base.model.forward).parameters
-    keyword = "cache" if "cache" in accepted else "past_key_values"  # renamed within transformers 5
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
-    caches = [{keyword: transformers.StaticCache(config=base.config, max_cache_len=16)} for _ in range(2)]
-    with torch.no_grad():
-        for cache in caches:
-            base(input_ids=tokens(1, 5), use_cache=True, **cache)
-        for step in range(4):
-            token = tokens(1, 1, seed=step)
-            expected = base(input_ids=token, use_cache=True, **caches[0]).logits
-            assert torch.equal(compiled(input_ids=token, use_cache=True, **caches[1]).logits, expected)
+    plain, fast = (decoder(base, tokens(1, 5)) for _ in range(2))
+    for step in range(4):
+        token = tokens(1, 1, seed=step)
+        assert torch.equal(fast(token, compiled), plain(token))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@static_cache
+@torch.no_grad()
+def test_decoding_in_a_cuda_graph_has_the_bits_of_eager_steps():
+    model = get_peft_model(tiny_llama(), MtLoraConfig(target_modules=["mlp", "q_proj"], r=4, num_experts=3))
+    base = train_experts(model).eval().base_model.model.to("cuda", torch.bfloat16)
+    plain, fast = (decoder(base, tokens(1, 5).cuda()) for _ in range(2))
+    token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fast(token)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = fast(token)
+    fast.reset()
+    for step in range(6):
+        token.copy_(tokens(1, 1, seed=step))
+        graph.replay()
+        assert torch.equal(out, plain(token))
