@@ -1,7 +1,6 @@
 """torch.compile over a whole adapted model: one graph, no recompile over sequence lengths, the same bits."""
 
 import inspect
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -43,23 +42,25 @@ static_cache = pytest.mark.skipif(
 )
 
 
-def decoder(model: nn.Module, prompt: Tensor, length: int = 16) -> Callable[[Tensor], Tensor]:
-    """From one token to its logits, after the prompt, through a static cache; `reset` goes back to the prompt."""
-    accepted = inspect.signature(model.model.forward).parameters
-    keyword = "cache" if "cache" in accepted else "past_key_values"  # renamed within transformers 5
-    cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+class Decoder:
+    """From one token to its logits, after the prompt, through a static cache."""
 
-    def call(ids: Tensor, model: nn.Module = model) -> Tensor:
-        return model(input_ids=ids, use_cache=True, **{keyword: cache}).logits
+    def __init__(self, model: nn.Module, prompt: Tensor) -> None:
+        self.model, self.prompt = model, prompt
+        self.cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        accepted = inspect.signature(model.model.forward).parameters
+        self.keyword = "cache" if "cache" in accepted else "past_key_values"  # renamed within transformers 5
+        self(prompt)
 
-    def reset() -> None:
-        for tensor in (t for layer in cache.layers for t in (layer.keys, layer.values, layer.cumulative_length)):
-            tensor.zero_()
-        call(prompt)
+    def __call__(self, ids: Tensor, model: nn.Module | None = None) -> Tensor:
+        return (model or self.model)(input_ids=ids, use_cache=True, **{self.keyword: self.cache}).logits
 
-    call(prompt)
-    call.reset = reset
-    return call
+    def reset(self) -> None:
+        """Back to the prompt, in place."""
+        for layer in self.cache.layers:
+            for tensor in (layer.keys, layer.values, layer.cumulative_length):
+                tensor.zero_()
+        self(self.prompt)
 
 
 @static_cache
@@ -72,7 +73,7 @@ def test_a_step_of_decoding_is_one_graph():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compiled = torch.compile(base, fullgraph=True, backend="aot_eager")
-    plain, fast = (decoder(base, tokens(1, 5)) for _ in range(2))
+    plain, fast = (Decoder(base, tokens(1, 5)) for _ in range(2))
     for step in range(4):
         token = tokens(1, 1, seed=step)
         assert torch.equal(fast(token, compiled), plain(token))
@@ -86,7 +87,7 @@ def test_a_step_of_decoding_is_one_graph():
 def test_decoding_in_a_cuda_graph_has_the_bits_of_eager_steps():
     model = get_peft_model(tiny_llama(), MtLoraConfig(target_modules=["mlp", "q_proj"], r=4, num_experts=3))
     base = train_experts(model).eval().base_model.model.to("cuda", torch.bfloat16)
-    plain, fast = (decoder(base, tokens(1, 5).cuda()) for _ in range(2))
+    plain, fast = (Decoder(base, tokens(1, 5).cuda()) for _ in range(2))
     token = torch.zeros(1, 1, dtype=torch.long, device="cuda")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
