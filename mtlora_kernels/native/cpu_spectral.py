@@ -8,7 +8,7 @@ from .cpu import _set
 
 
 def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, **fields):
-    """params for lora_b [L, N, d, r]; the tensors must outlive the call."""
+    """params for a contiguous lora_b [L, N, d, r]; the tensors must outlive the call."""
     layers, experts, d, rank = lora_b.shape
     _set(
         params, layers=layers, experts=experts, rows=d, rank=rank, pairwise=kind == "pairwise",
@@ -17,9 +17,7 @@ def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, 
     return params
 
 
-def batched_rsvd(
-    a: Tensor, rank: int, sketch: int, power_iterations: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [batch, m, rank], S [batch, rank], V [batch, n, rank] in fp32; NaN for a matrix with a NaN or Inf in it."""
     batch, rows, cols = a.shape
     u, s, v = torch.empty(batch, rows, rank), torch.empty(batch, rank), torch.empty(batch, cols, rank)
@@ -34,9 +32,9 @@ def batched_rsvd(
 
 def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
     """fp32 M [L, N, r, r] for "pairwise", w [L, N, r] in order of descending s for "gram"; NaN if B is not finite."""
-    layers, experts, _, rank = lora_b.shape
+    lora_b, (layers, experts, _, rank) = lora_b.contiguous(), lora_b.shape
     weights = torch.empty(layers, experts, *(rank,) * (1 + (kind == "pairwise")))
-    _C.spectral_weights_cpu(_of_layers(_C.SpectralWeights(), lora_b.contiguous(), weights, kind))
+    _C.spectral_weights_cpu(_of_layers(_C.SpectralWeights(), lora_b, weights, kind))
     return weights
 
 
