@@ -56,16 +56,19 @@ def stacked(experts: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def share(experts: Sequence[nn.Parameter]) -> None:
+def share(experts: Sequence[nn.Parameter]) -> int:
     """Move the parameters into one storage, one after the other. They stay the same objects with the same values;
-    optimizers, names and loading in place do not notice. Nothing happens where it cannot be done."""
+    optimizers, names and loading in place do not notice. Returns the bytes; 0 where it cannot be done."""
     first = experts[0]
     alike = all(e.shape == first.shape and e.dtype == first.dtype and e.device == first.device for e in experts)
-    # A subclass (a sharded or quantised parameter) has its data elsewhere.
+    # A subclass (a sharded or quantised parameter) has its data elsewhere; one parameter twice has one place.
     plain = alike and not first.is_meta and all(type(e.data) is Tensor for e in experts)
-    if plain and len(set(map(id, experts))) == len(experts) and not in_a_row(experts):
+    if not plain or len(set(map(id, experts))) < len(experts):
+        return 0
+    if not in_a_row(experts):
         for expert, place in zip(experts, torch.stack(list(experts)), strict=True):
             expert.data = place
+    return len(experts) * first.nbytes
 
 
 @torch.no_grad()

@@ -91,9 +91,9 @@ class SwappedLayer:
         self.share_experts()
         return self
 
-    def share_experts(self) -> None:
-        for experts in self.expert_lists(self):
-            share(experts)
+    def share_experts(self) -> int:
+        """The bytes that share a storage."""
+        return sum(share(experts) for experts in self.expert_lists(self))
 
     def separate_experts(self) -> None:
         for experts in self.expert_lists(self):
@@ -124,9 +124,8 @@ def swapped_class(
 ) -> type[SwappedLayer]:
     """The class of a swapped instance. It shows the host's name; pickles refer to the host's class."""
     names = {"__module__": host.__module__, "__qualname__": host.__qualname__, "__doc__": host.__doc__}
-    settings = {"host": host, "numerics": numerics, "impl": impl, "strict": strict}
-    settings["settings"] = (host, kind, numerics, impl, strict)
-    return type(host.__name__, (kind, host), names | settings)
+    values = {"host": host, "numerics": numerics, "impl": impl, "strict": strict}
+    return type(host.__name__, (kind, host), names | values | {"settings": (host, kind, numerics, impl, strict)})
 
 
 def _empty(*settings: Any) -> SwappedLayer:
@@ -144,8 +143,7 @@ def mixed_dtypes(dtype: torch.dtype, *others: torch.dtype) -> str | None:
     """Why the host's rounding points are those of no one dtype, or None."""
     if all(other == dtype for other in others):
         return None
-    names = ", ".join(sorted({str(other) for other in others}))
-    return f"the layer computes in {dtype} on tensors in {names}, and rounds in both"
+    return f"the layer computes in {dtype} on tensors in {', '.join(map(str, others))}, and rounds in both"
 
 
 def active_dropout(dropout: Any) -> float:

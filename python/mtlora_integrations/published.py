@@ -34,10 +34,7 @@ class BlockAdapter(SwappedLayer):
 
     @staticmethod
     def fits(layer: Any) -> bool:
-        # With several experts and no router the host has no forward.
-        return isinstance(getattr(layer, "lora_B", None), nn.ModuleList) and (
-            layer.num_experts == 1 or layer.lora_route is not None
-        )
+        return isinstance(getattr(layer, "lora_B", None), nn.ModuleList) and hasattr(layer, "lora_route")
 
     @staticmethod
     def expert_lists(layer: Any) -> list[list[nn.Parameter]]:
@@ -89,7 +86,7 @@ class MMOELinear(SwappedLayer):
 
     @staticmethod
     def fits(layer: Any) -> bool:
-        return hasattr(layer, "lora_gate") and layer.active_adapter in layer.lora_A
+        return hasattr(layer, "lora_gate") and isinstance(layer.lora_A, nn.ModuleDict)
 
     @staticmethod
     def expert_lists(layer: Any) -> list[list[nn.Parameter]]:

@@ -19,10 +19,12 @@ class SwapReport:
 
     swapped: dict[str, str] = field(default_factory=dict)  # what the layer is
     skipped: dict[str, str] = field(default_factory=dict)  # why it still runs the host's forward
-    shared_bytes: int = 0  # of expert matrices that no call copies
+    shared_bytes: int = 0  # of experts that share a storage, so that a call can take them as one tensor
 
     def __str__(self) -> str:
-        lines = [f"swapped {len(self.swapped)} adapter layers, {self.shared_bytes / 2**20:.1f} MiB of experts in place"]
+        lines = [
+            f"swapped {len(self.swapped)} adapter layers, {self.shared_bytes / 2**20:.1f} MiB of experts share storages"
+        ]
         lines += [f"  {name}: {what}" for name, what in self.swapped.items()]
         lines += [f"  not {name}: {why}" for name, why in self.skipped.items()]
         return "\n".join(lines)
@@ -62,9 +64,8 @@ def swap_in(model: nn.Module, numerics: str = "fp32", impl: str | None = None, s
     for name, (module, host, kind) in found.items():
         vars(module).pop("forward", None)
         module.__class__ = swapped_class(host, kind, numerics, impl, strict)
-        module.share_experts()
+        report.shared_bytes += module.share_experts()
         report.swapped[name] = _description(module)
-        report.shared_bytes += sum(e.nbytes for experts in kind.expert_lists(module) for e in experts)
     return report
 
 
@@ -85,7 +86,8 @@ def _is_kind(host: type[nn.Module], kind: type[SwappedLayer], module: nn.Module)
 
 def _has_adapter(module: nn.Module) -> bool:
     names = (*module._modules, *module._parameters)
-    return any(name.startswith("lora_") for name in names) and not isinstance(module, mk.nn.RoutedLoRA)
+    ours = type(module).__module__.partition(".")[0] in ("mtlora_kernels", "mtlora_integrations")
+    return any(name.startswith("lora_") for name in names) and not ours
 
 
 def _misfit(module: nn.Module, host: type[nn.Module], kind: type[SwappedLayer] | None, impl: str | None) -> str | None:
@@ -102,15 +104,16 @@ def _misfit(module: nn.Module, host: type[nn.Module], kind: type[SwappedLayer] |
                 return f"{name} is {child}, it must be a plain nn.Linear without bias"
             if child._forward_hooks or child._forward_pre_hooks:
                 return f"{name} has forward hooks, which would no longer run"
-    operands = kind.operands(module)
-    a = operands["lora_a"]
-    if a.is_meta:
-        return None
-    if "router" not in operands:
-        operands["route_weights"] = a.new_empty(0, 1, len(operands["lora_b"]))
     try:
-        with torch.no_grad():
-            mk.routed_lora(a.new_empty(0, a.shape[1]), **operands, impl=impl)  # no token: the argument rules alone
+        operands = kind.operands(module)
+        a = operands["lora_a"]
+        if "router" not in operands:
+            operands["route_weights"] = a.new_empty(0, 1, len(operands["lora_b"]))
+        if not a.is_meta:
+            with torch.no_grad():
+                mk.routed_lora(a.new_empty(0, a.shape[1]), **operands, impl=impl)  # no token: the argument rules alone
+    except (AttributeError, KeyError) as error:
+        return f"{host.__name__} is incomplete: {error}"
     except (TypeError, ValueError) as error:
         return str(error)
     return None

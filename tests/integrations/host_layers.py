@@ -13,6 +13,7 @@ D, OUT, R, N = SIZES = 96, 64, 8, 8
 KINDS = {
     "component": (published_host.LoraLinear, 1, {}),
     "component grouped": (published_host.LoraLinear, 4, {}),
+    "component alone": (published_host.LoraLinear, 1, {"experts": 1}),
     "component transposed": (published_host.LoraLinear, 1, {"fan_in_fan_out": True}),
     "lowrank": (published_host.LowRankBlockAdapter, 1, {}),
     "lowrank grouped": (published_host.LowRankBlockAdapter, 4, {}),
@@ -56,7 +57,8 @@ def experts(layer: nn.Module) -> list[Tensor]:
 def on_lattice(layer: nn.Module, groups: int, dtype=torch.float32, device="cpu") -> tuple[nn.Module, Tensor, Tensor]:
     """The layer with values, x [2, 5, D] and an upstream gradient for which every order of sums is exact."""
     d_out = getattr(layer, "out_features", D)
-    values = lattice_inputs(10, D, d_out, R, getattr(layer, "num_experts", N), groups, seed=3, dtype=dtype)
+    n = getattr(layer, "num_experts", getattr(layer, "lora_num", N))
+    values = lattice_inputs(10, D, d_out, R, n, groups, seed=3, dtype=dtype)
     draw = torch.Generator().manual_seed(1)
     if isinstance(layer, nn.Linear):
         put([layer.weight], torch.randint(-1, 2, (layer.weight.numel(),), generator=draw).float())

@@ -13,6 +13,7 @@ from host_layers import KINDS, D, at_random, close, experts, fill, make, on_latt
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import mtlora_kernels as mk
 from mtlora_integrations import swap_in, swap_out
 from mtlora_kernels.testing import assert_bitwise_equal, differences, rounding_inputs
 
@@ -86,6 +87,16 @@ def test_random_inputs_agree(kind, numerics, device):
     expected = results(layer, x, dout)
     swap_in(layer, numerics=numerics)
     close(results(layer, x, dout), expected)
+
+
+@pytest.mark.parametrize("tokens", [(), (3,), (0,), (0, 4)])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("mmoe", "mmoe s", "hydralora")])
+def test_any_number_of_tokens(kind, tokens):
+    layer, x = at_random(kind, tokens=tokens)
+    expected = output(layer, x)
+    swap_in(layer)
+    close({"out": output(layer, x)}, {"out": expected}) if x.numel() else output(layer, x).sum().backward()
+    assert output(layer, x).shape == expected.shape
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -302,7 +313,8 @@ def test_mmoe_scales_first_so_eager_wants_a_power_of_two():
     with pytest.warns(UserWarning, match=r"scaling is 3\.0"):
         assert_bitwise_equal(layer(x), expected)
     swap_in(layer)
-    with warnings.catch_warnings(action="error"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         torch.testing.assert_close(layer(x), expected)
 
 
@@ -330,6 +342,11 @@ def broken(change) -> nn.Module:
     return layer
 
 
+def without_router(layer: nn.Module) -> nn.Module:
+    layer.lora_route = None
+    return layer
+
+
 class Overriding(published_host.LowRankBlockAdapter):
     def forward(self, x, **kwargs):
         return super().forward(x) + 1
@@ -347,6 +364,8 @@ MISFITS = {
     "router has shape": lambda: broken(lambda m: setattr(m, "lora_route", nn.Linear(D, 5, bias=False))),
     r"lora_b\[3\] has shape": lambda: broken(lambda m: setattr(m, "lora_B3", nn.Linear(8, 63, bias=False))),
     "num_groups is 5": lambda: broken(lambda m: setattr(m, "num_groups", 5)),
+    "LoraLinear is incomplete: 'lora_B8'": lambda: broken(lambda m: setattr(m, "lora_num", 9)),
+    "router is None with 8 experts": lambda: without_router(make("lowrank")),
     "130 experts": lambda: published_host.LowRankBlockAdapter(8, 2, 130),
     "no adapter layer that this package knows": lambda: Model(lora_A=nn.Linear(2, 2)),
 }
@@ -367,14 +386,15 @@ def test_the_report_says_why_a_layer_stays(why):
 
 
 def test_settings_are_checked_first():
-    model = Model(good=make("lowrank"))
+    model = Model(good=make("lowrank"), ours=mk.nn.RoutedLoRA(8, 2, 3))
     with pytest.raises(ValueError, match="numerics is 'exact', it must be"):
         swap_in(model, numerics="exact")
     with pytest.raises(ValueError, match=r"not good: impl is 'nothing', it must be"):
         swap_in(model, impl="nothing", strict=True)
+    assert not swap_in(model, strict=True).skipped
     with pytest.raises(ValueError, match="no adapter layer can be swapped"):
         swap_in(nn.Linear(2, 2), strict=True)
-    assert str(swap_in(nn.Linear(2, 2))) == "swapped 0 adapter layers, 0.0 MiB of experts in place"
+    assert str(swap_in(nn.Linear(2, 2))) == "swapped 0 adapter layers, 0.0 MiB of experts share storages"
 
 
 def test_models_on_the_meta_device():
