@@ -53,7 +53,8 @@ class Decoder:
         self(prompt)
 
     def __call__(self, ids: Tensor, model: nn.Module | None = None) -> Tensor:
-        return (model or self.model)(input_ids=ids, use_cache=True, **{self.keyword: self.cache}).logits
+        model = self.model if model is None else model
+        return model(input_ids=ids, use_cache=True, **{self.keyword: self.cache}).logits
 
     def reset(self) -> None:
         """Back to the prompt, in place."""
