@@ -10,7 +10,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default, help="cpu or cuda (default: %(default)s)")
     command.add_argument("--quick", action="store_true", help="small sizes, under a minute")
-    command.add_argument("--impl", nargs="+", default=(), help="implementations (default: all but the reference)")
+    command.add_argument(
+        "--impl", nargs="+", default=(), help="implementations (default: all but the reference; model: the fastest)"
+    )
     command.add_argument("--no-save", action="store_true", help="do not append to benchmarks/results")
 
 
@@ -36,6 +38,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     _add_common(spectral)
     spectral.add_argument("--report", action="store_true", help="train with and without the penalty, draw the spectra")
 
+    model = commands.add_parser("model", help="a LLaMA with adapters: training step, memory, decoding")
+    _add_common(model)
+
     commands.add_parser("plot", help="draw the stored results as PNG")
     return parser.parse_args(arguments)
 
@@ -58,6 +63,10 @@ def main() -> int:
 
         job = spectral_report.run if args.report else spectral.run
         return job(device, quick=args.quick, impls=args.impl, save=not args.no_save)
+    if args.command == "model":
+        from . import model  # transformers is needed here only
+
+        return model.run(device, quick=args.quick, impls=args.impl, save=not args.no_save)
     from . import adapter
 
     return adapter.run(

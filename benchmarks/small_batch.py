@@ -27,7 +27,7 @@ def small_batch_suite(report: Report, field: Sequence[Contender], quick: bool) -
 def _measure(report: Report, contender: Contender, shape: Shape, inputs: Inputs) -> None:
     forward = contender.call(inputs, "forward")
     if report.device.type == "cuda":
-        replay = _captured(forward)
+        replay = captured(forward)
         timing = time_call(replay, report.device)
         report.record(shape, contender, "forward in a graph", timing, peak=None, has_floor=True)
     timing = host_time(forward, report.device)
@@ -38,7 +38,7 @@ def _measure(report: Report, contender: Contender, shape: Shape, inputs: Inputs)
 
 
 @torch.no_grad()
-def _captured(forward: Callable[[], object]) -> Callable[[], object]:
+def captured(forward: Callable[[], object]) -> Callable[[], object]:
     """Replay of one forward call; warmed up on a side stream first, as capture requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
