@@ -14,6 +14,7 @@ import torch
 
 from . import __version__
 from .dispatch import IMPLS, available_impls
+from .spectral_dispatch import available_spectral_impls
 from .testing.adapters import check_module
 from .testing.run import Row, run_checks
 
@@ -33,7 +34,8 @@ def info() -> int:
         device = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}: {device.name}, sm_{device.major}{device.minor}, CUDA {torch.version.cuda}")
     for device in devices_present():
-        print(f"implementations on {device}: {', '.join(available_impls(device))}")
+        spectral = ", ".join(available_spectral_impls(device))
+        print(f"implementations on {device}: {', '.join(available_impls(device))}; spectral: {spectral}")
     return 0
 
 
