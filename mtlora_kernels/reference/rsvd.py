@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Portable
-from .jacobi import gram, jacobi, orthonormal
+from .jacobi import gram, jacobi, orthonormal, square_root
 from .philox import philox_words
 
 NULL = 2.0**-22  # a direction with sigma below this share of the largest is completed instead of computed
@@ -54,7 +54,7 @@ def short_side(g: Tensor, sketch: int, power_iterations: int, seed: int) -> tupl
         q = orthonormal(y)
         values, w = jacobi(Portable.dot(q.mT, Portable.dot(g, q)))
         v = Portable.dot(q, w)
-    return torch.where(values > 0, values, 0).sqrt(), signed(v)
+    return square_root(torch.where(values > 0, values, 0)), signed(v)
 
 
 def long_side(a: Tensor, sigma: Tensor, v: Tensor, seed: int) -> Tensor:
@@ -67,7 +67,7 @@ def long_side(a: Tensor, sigma: Tensor, v: Tensor, seed: int) -> Tensor:
     smallest = s.diagonal(dim1=1, dim2=2) * PIVOT
     x = torch.eye(k, dtype=s.dtype, device=s.device).expand_as(s).clone()  # becomes L^-1
     for j in range(k):
-        pivot = 1 / torch.maximum(s[:, j, j], smallest[:, j]).sqrt()
+        pivot = 1 / square_root(torch.maximum(s[:, j, j], smallest[:, j]))
         column = s[:, j + 1 :, j] * pivot[:, None]
         x[:, j] = x[:, j] * pivot[:, None]
         x[:, j + 1 :] -= column[:, :, None] * x[:, None, j]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import Portable, arithmetic_for, tree_sum
-from .jacobi import gram
+from .jacobi import gram, square_root
 from .rsvd import short_side
 
 EPSILON = 1e-8  # added to mean s and to c, as published: w = 1 for a zero matrix
@@ -44,7 +44,7 @@ def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
     w = exp_nonpositive(-(s / (tree_sum(s) / rank + EPSILON)[:, None]))
     w = torch.where(finite, w, torch.nan)
     if kind == "pairwise":
-        w = Portable.dot(v * w.sqrt()[:, None], v.mT)
+        w = Portable.dot(v * square_root(w)[:, None], v.mT)
     return w.float().unflatten(0, lora_b.shape[:2])
 
 
@@ -54,7 +54,7 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
     E, (layers, experts, d, rank) = lora_b.dtype, lora_b.shape
     if kind == "gram":
         g = gram(lora_b.flatten(0, 1))
-        c = (tree_sum(g.diagonal(dim1=1, dim2=2)) / rank).sqrt() + EPSILON
+        c = square_root(tree_sum(g.diagonal(dim1=1, dim2=2)) / rank) + EPSILON
         w = weights.double().flatten(0, 1)
         pair = w[:, :, None] * w[:, None]
         weighted = pair * (g - torch.diag_embed((c * c)[:, None].expand(-1, rank)))
