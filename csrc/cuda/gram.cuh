@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/routed_lora.h"
+#include "cuda/fp64.cuh"
 
 namespace mtlora::cuda {
 
