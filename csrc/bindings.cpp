@@ -172,5 +172,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("spectral_loss_cuda", &cuda::spectral_loss);
     m.def("spectral_slope_cuda", &cuda::spectral_slope);
     m.def("spectral_gradient_cuda", &cuda::spectral_gradient);
+    m.def("spectral_cross_product_cuda", &cuda::spectral_cross_product);
+    m.def("spectral_gradient_product_cuda", &cuda::spectral_gradient_product);
 #endif
 }

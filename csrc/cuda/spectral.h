@@ -14,14 +14,18 @@ void batched_rsvd(const Rsvd& p);
 
 int64_t spectral_workspace(const Spectral& p);  // doubles, for each of the functions below
 void spectral_weights(const SpectralWeights& p);
-// Pairwise forward is `spectral_features` (x), the caller's product C = X^T X, then `spectral_loss`. The Gram form is
-// `spectral_loss` alone, which then writes the slope in c.
+// Pairwise forward: `spectral_features` (x), C = X^T X, `spectral_loss`. The Gram form is `spectral_loss` alone, which
+// then writes the slope in c.
 void spectral_features(const SpectralPenaltyFwd& p);
 void spectral_loss(const SpectralPenaltyFwd& p);
-// Pairwise backward is `spectral_slope` (k and up), the caller's product X K, then `spectral_gradient`. The Gram form
-// is `spectral_gradient` alone.
+// Pairwise backward: `spectral_slope` (scaled_k and up), X scaled_k, `spectral_gradient`. The Gram form is
+// `spectral_gradient` alone.
 void spectral_slope(const SpectralPenaltyBwd& p);
 void spectral_gradient(const SpectralPenaltyBwd& p);
+// The two products, for 16-bit elements and experts * rank a multiple of 8; the second is `spectral_gradient` as well.
+// Otherwise they are the caller's.
+void spectral_cross_product(const SpectralPenaltyFwd& p);
+void spectral_gradient_product(const SpectralPenaltyBwd& p);
 
 struct RsvdWorkspace {
     double *gram, *product, *basis, *scale, *inverse;

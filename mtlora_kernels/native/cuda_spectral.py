@@ -57,6 +57,11 @@ def _set_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str,
     return workspace
 
 
+def _has_products(x: Tensor) -> bool:
+    """Whether the kernels do the products with x [L, d, N*r]; the library does the others."""
+    return x.dtype != torch.float32 and x.shape[2] % 8 == 0
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """`Cuda.dot` of [L, M, K] and [L, K, N], all layers in one launch where the library keeps its order of K."""
     return Cuda.dot(a, b)
@@ -80,13 +85,17 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
     params = _C.SpectralPenaltyFwd()
     workspace = _set_layers(params, lora_b, weights, kind, loss=loss.data_ptr())  # noqa: F841, must outlive the call
     if kind == "pairwise":
-        x = lora_b.new_empty(layers, d, width)
-        params.x = x.data_ptr()
+        x, c = lora_b.new_empty(layers, d, width), weights.new_empty(layers, width, width)
+        set_fields(params, x=x.data_ptr(), c=c.data_ptr())
         _C.spectral_features_cuda(params)
-        c = _dot(x.mT, x)
+        if _has_products(x):
+            _C.spectral_cross_product_cuda(params)
+        else:
+            c = _dot(x.mT, x)
+            params.c = c.data_ptr()
     else:
         x, c = lora_b.new_empty(0), weights.new_empty(layers, experts, rank, rank)
-    params.c = c.data_ptr()
+        params.c = c.data_ptr()
     _C.spectral_loss_cuda(params)
     return loss, x, c
 
@@ -95,12 +104,15 @@ def spectral_penalty_bwd(dloss: Tensor, lora_b: Tensor, weights: Tensor, x: Tens
     """The gradient of lora_b, in its dtype, for an fp32 scalar dloss."""
     lora_b, weights, grad = lora_b.contiguous(), weights.contiguous(), lora_b.new_empty(lora_b.shape)
     params = _C.SpectralPenaltyBwd()
-    fields = {"c": c.data_ptr(), "dloss": dloss.data_ptr(), "dlora_b": grad.data_ptr()}
+    fields = {"x": x.data_ptr(), "c": c.data_ptr(), "dloss": dloss.data_ptr(), "dlora_b": grad.data_ptr()}
     workspace = _set_layers(params, lora_b, weights, kind, **fields)  # noqa: F841, must outlive the call
     if kind == "pairwise":
         k, scaled_k, up = torch.empty_like(c), torch.empty_like(c, dtype=x.dtype), c.new_empty(len(c))
         set_fields(params, k=k.data_ptr(), scaled_k=scaled_k.data_ptr(), up=up.data_ptr())
         _C.spectral_slope_cuda(params)
+        if _has_products(x):
+            _C.spectral_gradient_product_cuda(params)
+            return grad
         product = _dot(x, scaled_k)
         params.product = product.data_ptr()
     _C.spectral_gradient_cuda(params)
