@@ -3,7 +3,6 @@
 import importlib
 import importlib.util
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -72,13 +71,6 @@ _TABLE = {
     "reference": Impl(None, "reference.routed_lora", "reference.routed_lora_bwd", lambda call: None),
 }
 IMPLS = tuple(_TABLE)
-# The spectral operators: name -> (device type, module with batched_rsvd, module with the other three), fastest first
-_SPECTRAL_TABLE = {
-    "cpu": ("cpu", "native.cpu_spectral", "native.cpu_spectral"),
-    "cuda": ("cuda", "native.cuda_spectral", "native.cuda_spectral"),
-    "reference": (None, "reference.rsvd", "reference.spectral"),
-}
-SPECTRAL_IMPLS = tuple(_SPECTRAL_TABLE)
 
 
 class UnsupportedCall(ValueError):
@@ -126,44 +118,6 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
     return tuple(impl for impl in reversed(IMPLS) if _BUILT[impl] and _runs_on(impl, device))
 
 
-@torch.compiler.assume_constant_result
-@cache
-def _has_image(device: torch.device) -> bool:
-    """Whether the CUDA kernels that any device from compute capability 8.0 can run were compiled for this one."""
-    if not _BUILT["cuda"] or not torch.cuda.is_available():
-        return False
-    major, minor = torch.cuda.get_device_capability(device)
-    for architecture in _module("_C").build_info()["cuda_architectures"]:  # 80, 90a, 86-real, ...
-        number, suffix = int(re.match(r"\d+", architecture)[0]), re.sub(r"^\d+|-virtual$", "", architecture)
-        if number == 10 * major + minor or (suffix == "" and number < 10 * major + minor):
-            return True
-    return False
-
-
-def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
-    """Names that `impl=` of `batched_rsvd` and `spectral_penalty` accepts on this device, the reference first.
-
-    >>> available_spectral_impls("cpu")
-    ('reference', 'cpu')
-    """
-    device = torch.device(device)
-    return tuple(
-        impl
-        for impl in reversed(SPECTRAL_IMPLS)
-        if _SPECTRAL_TABLE[impl][0] in (None, device.type) and _BUILT[impl] and (impl != "cuda" or _has_image(device))
-    )
-
-
-def resolve_spectral(impl: str | None, device: torch.device) -> str:
-    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
-    available = available_spectral_impls(device)
-    if impl is None:
-        return available[-1]
-    if impl not in available:
-        raise ValueError(f"impl is {impl!r}, it must be None or one of {available} for tensors on {device}")
-    return impl
-
-
 def resolve(impl: str | None, device: torch.device, call: Call) -> str:
     """The implementation of this call. None: the fastest that supports it; a name: that one or ValueError."""
     available = available_impls(device)
@@ -189,15 +143,3 @@ def routed_lora_kernels(impl: str):
     """(forward, backward) of an implementation; its module is imported on first use."""
     row = _TABLE[impl]
     return _module(row.forward).routed_lora_fwd, _module(row.backward).routed_lora_bwd
-
-
-@cache
-def batched_rsvd_kernel(impl: str):
-    """batched_rsvd of an implementation; its module is imported on first use."""
-    return _module(_SPECTRAL_TABLE[impl][1]).batched_rsvd
-
-
-@cache
-def spectral_kernels(impl: str) -> ModuleType:
-    """The module with spectral_weights, spectral_penalty_fwd and spectral_penalty_bwd of an implementation."""
-    return _module(_SPECTRAL_TABLE[impl][2])

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import spectral_ops  # noqa: F401  (registers its part of torch.ops.mtlora_kernels)
-from .dispatch import resolve_spectral
+from .spectral_dispatch import resolve_spectral
 from .spectral_inputs import KINDS, Layers, layer_stacks, sketch_size, stacked_matrices
 
 

@@ -7,7 +7,7 @@ vectors are constants of the penalty, as published, so only spectral_penalty_fwd
 import torch
 from torch import Tensor
 
-from .dispatch import batched_rsvd_kernel, spectral_kernels
+from .spectral_dispatch import batched_rsvd_kernel, spectral_kernels
 
 _lib = torch.library.Library("mtlora_kernels", "FRAGMENT")
 for _schema in (

@@ -45,6 +45,7 @@ sys.modules["mtlora_kernels"] = package
 import torch
 before = set(sys.modules)
 import mtlora_kernels.reference.routed_lora, mtlora_kernels.reference.routed_lora_bwd
+import mtlora_kernels.reference.spectral
 print(sorted(name for name in set(sys.modules) - before if not name.startswith(("mtlora_kernels", "torch"))))
 own = {name for name, module in sys.modules.items() if module and name.startswith("mtlora_kernels")}
 print(sorted(name for name in own if ".reference" not in name))

@@ -29,12 +29,46 @@ struct Arena {
     float* take_floats(int64_t floats) { return reinterpret_cast<float*>(take(ceil_div(floats, 2))); }
 };
 
-// Rows [row, row + rows) of m in fp64 at pitch ld, zeros after the last column. floats is rows * cols of scratch.
+// ---- Rows between fp32 and fp64 ----
+
+typedef float narrow_vec __attribute__((vector_size(2 * VW)));  // as many floats as a dvec has doubles
+
+static inline void widen_row(const float* src, int64_t n, double* dst) {
+    int64_t j = 0;
+    for (; j + WIDTH<double> <= n; j += WIDTH<double>)
+        store(dst + j, __builtin_convertvector(load_as<narrow_vec>(src + j), dvec));
+    for (; j < n; ++j) dst[j] = src[j];
+}
+
+// dst[j] = src[j] factor[j]; src and factor are readable in whole vectors.
+static inline void narrow_row(const double* src, const double* factor, int64_t n, float* dst) {
+    int64_t j = 0;
+    for (; j + WIDTH<double> <= n; j += WIDTH<double>) {
+        const narrow_vec v = __builtin_convertvector(load(src + j) * load(factor + j), narrow_vec);
+        memcpy(dst + j, &v, sizeof v);
+    }
+    for (; j < n; ++j) dst[j] = float(src[j] * factor[j]);
+}
+
+// Rows [row, row + rows) of m in fp64 at pitch ld, zeros after the last column. floats is rows * cols of scratch,
+// unused when the rows can be read in place.
 static inline void load_rows64(const Matrix& m, int64_t row, int64_t rows, int64_t cols, float* floats, double* dst,
                                int64_t ld) {
-    load_exact(m, row, rows, 0, cols, floats, cols);
+    const float* src = floats;
+    int64_t ld_src = cols;
+    if (m.dtype == DType::f32 && m.col_stride == 1) {
+        src = static_cast<const float*>(m.at(row, 0));
+        ld_src = m.row_stride;
+    } else {
+        load_exact(m, row, rows, 0, cols, floats, cols);
+    }
+    if (ld_src == ld) {  // one long row
+        widen_row(src, rows * ld, dst);
+        return;
+    }
     for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < cols; ++j) dst[i * ld + j] = floats[i * cols + j];
+        if (src != floats) prefetch(src + (i + kRowsAhead) * ld_src, cols * sizeof *src);
+        widen_row(src + i * ld_src, cols, dst + i * ld);
         for (int64_t j = cols; j < ld; ++j) dst[i * ld + j] = 0;
     }
 }
@@ -228,7 +262,8 @@ static inline void reflect(double* x, int64_t n, int64_t first, int64_t cols, in
 }
 
 // q [n][ld] = orth(y); y [n][ld] and vs [cols][n] are overwritten.
-static inline void orthonormal(int64_t n, int64_t cols, double* y, int64_t ld, double* q, double* vs, double* products) {
+static inline void orthonormal(int64_t n, int64_t cols, double* y, int64_t ld, double* q, double* vs,
+                               double* products) {
     double betas[kMaxWidth];
     for (int64_t j = 0; j < cols; ++j) {
         double* v = vs + j * n;

@@ -140,8 +140,7 @@ struct LongSide {
             const int64_t taken = min(kPackedRows, p.rows - row);
             load_rows64(a, row, taken, n, floats, rows, ld_n);
             gemm(taken, k, n, rows, ld_n, 1, v, ld, out, ld, false);
-            for (int64_t i = 0; i < taken; ++i)
-                for (int64_t j = 0; j < k; ++j) z[(row + i) * k + j] = float(out[i * ld + j] * inverse[j]);
+            for (int64_t i = 0; i < taken; ++i) narrow_row(out + i * ld, inverse, k, z + (row + i) * k);
         }
         for (int64_t j = 0; j < k; ++j) {
             if (kept[j]) continue;
@@ -174,12 +173,13 @@ struct LongSide {
         for (int64_t i = 0; i < k; ++i)
             for (int64_t j = 0; j < k; ++j) s[i * ld + j] = x[j * ld + i];
         const Matrix z = {u, DType::f32, k, 1};
+        double ones[kMaxWidth];
+        for (double& one : ones) one = 1;
         for (int64_t row = 0; row < p.rows; row += kPackedRows) {
             const int64_t taken = min(kPackedRows, p.rows - row);
             load_rows64(z, row, taken, k, floats, rows, ld);
             gemm(taken, k, k, rows, ld, 1, s, ld, out, ld, false);
-            for (int64_t i = 0; i < taken; ++i)
-                for (int64_t j = 0; j < k; ++j) u[(row + i) * k + j] = float(out[i * ld + j]);
+            for (int64_t i = 0; i < taken; ++i) narrow_row(out + i * ld, ones, k, u + (row + i) * k);
         }
     }
 };

@@ -74,13 +74,15 @@ static void times_square(const Spectral& p, int64_t index, const float* m, float
     float* floats = arena.take_floats(kPackedRows * ld);
     for (int64_t i = 0; i < r; ++i)
         for (int64_t j = 0; j < r; ++j) m64[i * ld + j] = m[i * r + j];
+    double ones[kMaxWidth];
+    for (double& one : ones) one = 1;
     const Matrix b = matrix(p.lora_b, index);
     for (int64_t row = 0; row < p.rows; row += kPackedRows) {
         const int64_t taken = min(kPackedRows, p.rows - row);
         load_rows64(b, row, taken, r, floats, rows, ld);
         gemm(taken, r, r, rows, ld, 1, m64, ld, out, ld, false);
         for (int64_t i = 0; i < taken; ++i) {
-            for (int64_t j = 0; j < r; ++j) floats[j] = float(out[i * ld + j]);
+            narrow_row(out + i * ld, ones, r, floats);
             store(row + i, floats);
         }
     }

@@ -50,6 +50,29 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     } while (!done);
 }
 
+// ---- Clusters ----
+
+__device__ inline uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Every thread of every block of the cluster.
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrive on the barrier at the same place in another block of the cluster.
+__device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
+        "r"(rank)
+        : "memory");
+}
+
 // One barrier among `threads` threads of the block; id 0 is __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -94,6 +117,16 @@ __device__ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barr
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem_address(to)),
         "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        : "memory");
+}
+
+// To the same place in every block of the cluster in `blocks` (a bit each), completing on the barrier of each.
+__device__ inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* barrier, uint16_t blocks, int c0,
+                                          int c1, int c2) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%4, %5, %6}], [%2], %3;" ::"r"(smem_address(to)),
+        "l"(map), "r"(smem_address(barrier)), "h"(blocks), "r"(c0), "r"(c1), "r"(c2)
         : "memory");
 }
 

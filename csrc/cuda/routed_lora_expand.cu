@@ -54,30 +54,51 @@ __device__ uint32_t tile_offset(int row, int j, int q) {
            swizzled<columns * 2>(uint32_t(row * columns * 2 + j * 8 % columns * 2)) + uint32_t(4 * q);
 }
 
-// h of rows t and t + 8: h[row][block of 8 ranks].
+// What a thread holds of one tile before its products: loaded a tile ahead, as it comes from L2.
 template <class E, int R>
-__device__ void load_h(const ExpandArgs& p, int t, int q, uint32_t (&h)[2][R / 8]) {
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        const uint32_t* at = reinterpret_cast<const uint32_t*>(static_cast<const E*>(p.h) + int64_t(t + 8 * row) * R) + q;
-#pragma unroll
-        for (int i = 0; i < R / 8; ++i) h[row][i] = t + 8 * row < p.tokens ? at[4 * i] : 0;
-    }
-}
+struct Routing {
+    uint32_t h[2][R / 8];  // of rows t and t + 8, by blocks of 8 ranks
+    E pi[2][8];            // of the warp's 16 tokens, experts 0 to 15 and 16 to 31
 
-// pi of this warp's 16 tokens in one group to shared memory, zeros past the last expert.
-template <class E>
-__device__ void stage_weights(const ExpandArgs& p, E* weights, int first_token, int group, int count) {
-    const int lane = threadIdx.x % 32;
+    __device__ void load(const ExpandArgs& p, int first_token, int group) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int pair = 0; pair < 8; ++pair) {
-        const int row = 2 * pair + lane / 16, t = first_token + row;
-        const E* at = static_cast<const E*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts;
-        for (int i = lane % 16; i < count; i += 16) {
-            weights[row * kWeightPitch + i] = i < p.experts && t < p.tokens ? at[i] : rounded<E>(0.0f);
+        for (int row = 0; row < 2; ++row) {
+            const int t = first_token + lane / 4 + 8 * row;
+            const E* at = static_cast<const E*>(p.h) + int64_t(t) * R + 2 * (lane % 4);
+#pragma unroll
+            for (int i = 0; i < R / 8; ++i) {
+                h[row][i] = t < p.tokens ? *reinterpret_cast<const uint32_t*>(at + 8 * i) : 0;
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int expert = lane % 16 + 16 * half;
+            if (half == 1 && p.experts <= 16) break;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int t = first_token + 2 * i + lane / 16;
+                const E* at = static_cast<const E*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + expert;
+                pi[half][i] = t < p.tokens && expert < p.experts ? *at : rounded<E>(0.0f);
+            }
         }
     }
-}
+
+    // pi to the warp's shared memory, zeros past the last expert.
+    __device__ void stage(const ExpandArgs& p, E* weights) const {
+        const int lane = threadIdx.x % 32;
+        __syncwarp();
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            if (half == 1 && p.experts <= 16) break;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                weights[(2 * i + lane / 16) * kWeightPitch + lane % 16 + 16 * half] = pi[half][i];
+            }
+        }
+        __syncwarp();
+    }
+};
 
 // z of one expert for a pair of ranks.
 template <class E>
@@ -127,33 +148,33 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
     }
 }
 
-// sum = residual or 0, plus E(E(pi_i E(s_i E(B_i h))) scaling) for each expert in order.
-template <class E, int R, int BO>
+// sum += E(E(pi_i E(s_i E(B_i h))) scaling) for the experts in order; `plain` without s and with a scaling that E holds.
+template <class E, int R, int BO, bool plain>
 __device__ void expert_sum(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
                            Pair<E> (&sum)[BO / 4]) {
-    using Tile = ExpandTile<R, BO>;
     const int row = threadIdx.x % 32 / 4;
     const Pair<E> scaling = twice<E>(rounded<E>(p.scaling));
     for (int expert = 0; expert < p.experts; ++expert) {
+        const char* const slab = b + expert * ExpandTile<R, BO>::kSlabBytes;
         float acc[BO / 2];
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < R / 16; ++k) {
             const uint32_t a[4] = {h[0][2 * k], h[1][2 * k], h[0][2 * k + 1], h[1][2 * k + 1]};
-            const char* slab = b + expert * Tile::kSlabBytes + k * 32;
-            wgmma<E, 0>(acc, a, smem_descriptor(slab, 16, 16 * R, swizzle_of(2 * R)), k > 0);
+            wgmma<E, 0>(acc, a, smem_descriptor(slab + 32 * k, 16, 16 * R, swizzle_of(2 * R)), k > 0);
         }
         wgmma_commit();
         const Pair<E> w[2] = {twice<E>(weights[row * kWeightPitch + expert]),
                               twice<E>(weights[(row + 8) * kWeightPitch + expert])};
+        const Pair<E> s = plain || !p.scale ? scaling : twice<E>(static_cast<const E*>(p.scale)[expert]);
         wgmma_wait<0>();
         pin(acc);
 #pragma unroll
         for (int i = 0; i < BO / 4; ++i) {
             Pair<E> t = rounded2<E>(acc[2 * i], acc[2 * i + 1]);
-            if (p.scale) t = __hmul2_rn(twice<E>(static_cast<const E*>(p.scale)[expert]), t);
+            if (!plain && p.scale) t = __hmul2_rn(s, t);
             t = __hmul2_rn(w[i % 2], t);
-            if (p.scaling_exact) {
+            if (plain || p.scaling_exact) {
                 t = __hmul2_rn(t, scaling);
             } else {
                 const float2 v = to_float2(t);
@@ -236,14 +257,15 @@ __global__ void __launch_bounds__(384, 1)  // not kThreads: 168 registers leave 
     grid_dependency_wait();
     E* const weights = staged + warp * 16 * kWeightPitch;
     barrier_wait(b_full, 0);
+    const int q = lane % 4, row = warp % 4 * 16 + lane / 4;
+    const auto first_token = [&](int n) { return (begin + n) * kRows + warp % 4 * 16; };
+    Routing<E, R> next;
+    next.load(p, first_token(warp / 4), group);
     for (int n = warp / 4; n < count; n += 2) {
-        const int q = lane % 4, row = warp % 4 * 16 + lane / 4;
-        const int first_token = (begin + n) * kRows + warp % 4 * 16;
         uint32_t h[2][R / 8];
-        load_h<E, R>(p, first_token + lane / 4, q, h);
-        __syncwarp();
-        stage_weights<E>(p, weights, first_token, group, p.chunks * Tile::kChunkExperts);
-        __syncwarp();
+        memcpy(h, next.h, sizeof(h));
+        next.stage(p, weights);
+        if (n + 2 < count) next.load(p, first_token(n + 2), group);
         const int s = n % kSlots;
         char* const slot = slots + s * Tile::kSlotBytes;
         if constexpr (eager) {
@@ -254,7 +276,8 @@ __global__ void __launch_bounds__(384, 1)  // not kThreads: 168 registers leave 
                 const char* at = slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q);
                 sum[i] = p.into_residual ? *reinterpret_cast<const Pair<E>*>(at) : twice<E>(rounded<E>(0.0f));
             }
-            expert_sum<E, R, BO>(p, b, weights, h, sum);
+            if (p.scale == nullptr && p.scaling_exact) expert_sum<E, R, BO, true>(p, b, weights, h, sum);
+            else expert_sum<E, R, BO, false>(p, b, weights, h, sum);
 #pragma unroll
             for (int i = 0; i < BO / 4; ++i) {
                 auto* at = reinterpret_cast<Pair<E>*>(slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q));

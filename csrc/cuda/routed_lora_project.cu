@@ -23,6 +23,9 @@ struct ProjectArgs {
     void *h, *pi;
     int tokens, steps, experts, groups;
     int padded;  // router rows a group, zero rows included
+    int stages;
+    int x_rows;      // of a tile of x: 8 for up to 8 tokens, whose rows then repeat down the tile
+    int stage_bytes;
     bool relu, has_router;
     bool split;  // block 0 of the columns computes h alone
 };
@@ -30,16 +33,13 @@ struct ProjectArgs {
 // R = rank, RC = router columns of a block.
 template <int R, int RC>
 struct ProjectTile {
-    static constexpr int kWarpgroups = RC >= 128 ? 2 : 1;
+    // Wide blocks take 128 tokens, and two of them share each tile of the router: L2 would be the bottleneck.
+    static constexpr bool kWide = RC >= 128;
+    static constexpr int kWarpgroups = kWide ? 2 : 1;
+    static constexpr int kCluster = kWide ? 2 : 1;
     static constexpr int kRows = 64 * kWarpgroups;
-    static constexpr int kConsumers = 128 * kWarpgroups;
-    static constexpr int kThreads = kConsumers + 32;
-    static constexpr int kXBytes = kRows * 128, kABytes = R * 128, kRouterBytes = RC * 128;
-    static constexpr int kStageBytes = kXBytes + kABytes + kRouterBytes;
-    // Narrow tiles leave room for a block of `expand` beside them, whose prologue then overlaps.
-    static constexpr int kBudget = RC <= 64 ? 88 * 1024 : 220 * 1024;
-    static constexpr int kStages = std::min(8, kBudget / kStageBytes);
-    static constexpr int kSharedBytes = kStages * kStageBytes + 1024 + 256;  // alignment, barriers
+    static constexpr int kThreads = 128 * kWarpgroups + 32;
+    static constexpr int kABytes = R * 128, kRouterBytes = RC * 128;
 };
 
 // Halving tree over the padded experts of a group, e[j] holding columns 8 j + 2 q and 8 j + 2 q + 1 of thread q.
@@ -103,13 +103,20 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
                          float (&logits)[RC / 2]) {
     using Tile = ProjectTile<R, RC>;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const auto release = [&](int s) {
+        if (lane < Tile::kCluster) {
+            if constexpr (Tile::kCluster > 1) barrier_arrive(empty + s, lane);
+            else barrier_arrive(empty + s);
+        }
+    };
+    int s = 0, phase = 0, previous = 0;
     for (int step = 0; step < p.steps; ++step) {
-        const int s = step % Tile::kStages;
-        const char* const tile = tiles + s * Tile::kStageBytes;
-        const uint64_t x = smem_descriptor(tile + warp / 4 * 64 * 128, 16, 1024, Swizzle::b128);
-        const uint64_t a = smem_descriptor(tile + Tile::kXBytes, 16, 1024, Swizzle::b128);
-        const uint64_t r = smem_descriptor(tile + Tile::kXBytes + Tile::kABytes, 16, 1024, Swizzle::b128);
-        barrier_wait(full + s, (step / Tile::kStages) & 1);
+        const char* const tile = tiles + s * p.stage_bytes;
+        const uint64_t x = smem_descriptor(tile + warp / 4 * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
+        const uint64_t a = smem_descriptor(tile + p.x_rows * 128, 16, 1024, Swizzle::b128);
+        const uint64_t r =
+            smem_descriptor(tile + p.x_rows * 128 + (has_h ? Tile::kABytes : 0), 16, 1024, Swizzle::b128);
+        barrier_wait(full + s, phase);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kDepth / 16; ++k) {  // 16 k are 32 bytes of a row: 2 in a descriptor
@@ -119,7 +126,12 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
         wgmma_commit();
         if (step > 0) {
             wgmma_wait<1>();
-            if (lane == 0) barrier_arrive(empty + (step - 1) % Tile::kStages);
+            release(previous);
+        }
+        previous = s;
+        if (++s == p.stages) {
+            s = 0;
+            phase ^= 1;
         }
     }
     wgmma_wait<0>();
@@ -128,13 +140,14 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
 }
 
 template <class E, int R, int RC>
-__global__ void __launch_bounds__(ProjectTile<R, RC>::kThreads, RC <= 64 ? 3 : 1)
-    project_kernel(const __grid_constant__ ProjectArgs p) {
+__global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
+    __launch_bounds__(ProjectTile<R, RC>::kThreads, RC <= 64 ? 3 : 1)
+        project_kernel(const __grid_constant__ ProjectArgs p) {
     using Tile = ProjectTile<R, RC>;
     extern __shared__ char raw[];
     char* const tiles = raw + (1024 - smem_address(raw) % 1024) % 1024;
-    uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + Tile::kStages * Tile::kStageBytes);
-    uint64_t* const empty = full + Tile::kStages;
+    uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + p.stages * p.stage_bytes);
+    uint64_t* const empty = full + p.stages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int token_tile = int(blockIdx.y) * Tile::kRows;
     const bool has_h = blockIdx.x == 0;
@@ -143,31 +156,47 @@ __global__ void __launch_bounds__(ProjectTile<R, RC>::kThreads, RC <= 64 ? 3 : 1
     const int first_group = router_block * (RC / p.padded);
 
     if (threadIdx.x == 0) {
-        for (int s = 0; s < Tile::kStages; ++s) {
+        for (int s = 0; s < p.stages; ++s) {
             barrier_init(full + s, 1);
-            barrier_init(empty + s, 4 * Tile::kWarpgroups);
+            barrier_init(empty + s, 4 * Tile::kWarpgroups * Tile::kCluster);
         }
         barrier_init_fence();
     }
-    __syncthreads();
+    if constexpr (Tile::kCluster > 1) cluster_sync();
+    else __syncthreads();
     launch_dependents();
 
     if (warp == 4 * Tile::kWarpgroups) {
         if (lane == 0) {
             const uint32_t bytes =
-                Tile::kXBytes + (has_h ? Tile::kABytes : 0) + (has_router ? Tile::kRouterBytes : 0);
+                p.x_rows * 128 + (has_h ? Tile::kABytes : 0) + (has_router ? Tile::kRouterBytes : 0);
+            int s = 0, phase = 1;  // a barrier's first phase counts as preceded by a complete one
             for (int step = 0; step < p.steps; ++step) {
-                const int s = step % Tile::kStages, round = step / Tile::kStages;
-                if (round > 0) barrier_wait(empty + s, (round - 1) & 1);
-                char* const tile = tiles + s * Tile::kStageBytes;
+                barrier_wait(empty + s, phase);
+                char* tile = tiles + s * p.stage_bytes;
                 barrier_expect(full + s, bytes);
                 tma_load(tile, &p.x, full + s, step * kDepth, token_tile);
-                if (has_h) tma_load(tile + Tile::kXBytes, &p.lora_a, full + s, step * kDepth, 0);
+                tile += p.x_rows * 128;
+                if (has_h) {
+                    tma_load(tile, &p.lora_a, full + s, step * kDepth, 0);
+                    tile += Tile::kABytes;
+                }
                 if (has_router) {
-                    tma_load(tile + Tile::kXBytes + Tile::kABytes, &p.router, full + s, step * kDepth, 0, first_group);
+                    if constexpr (Tile::kCluster > 1) {  // half of the groups to both blocks
+                        const int half = int(cluster_rank());
+                        tma_load_multicast(tile + half * Tile::kRouterBytes / 2, &p.router, full + s, 3,
+                                           step * kDepth, 0, first_group + half * (RC / 2 / p.padded));
+                    } else {
+                        tma_load(tile, &p.router, full + s, step * kDepth, 0, first_group);
+                    }
+                }
+                if (++s == p.stages) {
+                    s = 0;
+                    phase ^= 1;
                 }
             }
         }
+        if constexpr (Tile::kCluster > 1) cluster_sync();
         return;
     }
 
@@ -196,6 +225,7 @@ __global__ void __launch_bounds__(ProjectTile<R, RC>::kThreads, RC <= 64 ? 3 : 1
         else if (p.padded == 16) write_pi<E, RC, 2>(p, logits, token, first_group);
         else if constexpr (RC >= 32) write_pi<E, RC, 4>(p, logits, token, first_group);
     }
+    if constexpr (Tile::kCluster > 1) cluster_sync();  // the other block still arrives on this one's barriers
 }
 
 template <class E, int R, int RC>
@@ -203,14 +233,16 @@ void launch_project(const RoutedLoraFwd& f, bool split) {
     using Tile = ProjectTile<R, RC>;
     const bool has_router = f.router.data != nullptr;
     ProjectArgs p = {};
-    p.x = tensor_map(f.x.data, f.compute_dtype, {{f.d_in, 1, kDepth}, {f.tokens, f.x.stride[0], Tile::kRows}});
-    p.lora_a = tensor_map(f.lora_a.data, f.compute_dtype, {{f.d_in, 1, kDepth}, {R, f.d_in, R}});
+    p.x_rows = !Tile::kWide && f.tokens <= 8 ? 8 : Tile::kRows;
     p.padded = padded_experts(int(f.experts));
     const int groups = RC / p.padded;
+    p.x = tensor_map(f.x.data, f.compute_dtype, {{f.d_in, 1, kDepth}, {f.tokens, f.x.stride[0], p.x_rows}});
+    p.lora_a = tensor_map(f.lora_a.data, f.compute_dtype, {{f.d_in, 1, kDepth}, {R, f.d_in, R}});
     if (has_router) {
-        p.router = tensor_map(
-            f.router.data, f.compute_dtype,
-            {{f.d_in, 1, kDepth}, {f.experts, f.d_in, p.padded}, {f.groups, f.experts * f.d_in, groups}});
+        p.router = tensor_map(f.router.data, f.compute_dtype,
+                              {{f.d_in, 1, kDepth},
+                               {f.experts, f.d_in, p.padded},
+                               {f.groups, f.experts * f.d_in, groups / Tile::kCluster}});
     }
     p.h = f.h.data;
     p.pi = f.pi.data;
@@ -221,10 +253,18 @@ void launch_project(const RoutedLoraFwd& f, bool split) {
     p.relu = f.relu;
     p.has_router = has_router;
     p.split = split;
+    const int weight_bytes = split ? std::max(Tile::kABytes, Tile::kRouterBytes)
+                                   : Tile::kABytes + (has_router ? Tile::kRouterBytes : 0);
+    p.stage_bytes = p.x_rows * 128 + weight_bytes;
+    // Narrow tiles of many tokens leave room for a block of `expand` beside them, whose prologue then overlaps. For few
+    // tokens, whose weights come from far, as many copies as fit are in flight.
+    const int64_t token_tiles = ceil_div(f.tokens, Tile::kRows);
+    const bool beside = !Tile::kWide && token_tiles >= multiprocessors() / 2;
+    p.stages = std::min(p.steps, (beside ? 88 : 220) * 1024 / p.stage_bytes);
     const int columns = has_router ? int(ceil_div(f.groups, groups)) + int(split) : 1;
-    const dim3 grid(unsigned(columns), unsigned(ceil_div(f.tokens, Tile::kRows)));
-    launch<project_kernel<E, R, RC>>("routed_lora project", grid, Tile::kThreads, Tile::kSharedBytes, f.stream, false,
-                                     p);
+    const dim3 grid(unsigned(columns), unsigned(ceil_div(token_tiles, Tile::kCluster) * Tile::kCluster));
+    const int shared_bytes = 1024 + p.stages * (p.stage_bytes + 16);  // alignment, tiles, barriers
+    launch<project_kernel<E, R, RC>>("routed_lora project", grid, Tile::kThreads, shared_bytes, f.stream, false, p);
 }
 
 template <class E, int R>

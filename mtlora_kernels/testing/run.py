@@ -2,48 +2,22 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from ..dispatch import UnsupportedCall, available_impls
+from ..spectral_dispatch import available_spectral_impls
 from . import cases
 from .checks import against_float64, against_published, against_reference, batch_invariance, repeats, strided
-from .inputs import LAYOUTS, Inputs, random_inputs
+from .inputs import LAYOUTS, random_inputs
 from .lattice import lattice_inputs, rounding_inputs
+from .rows import Check, Row
+from .spectral_run import spectral_checks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FLOATS = (BF16, torch.float16, FP32)
 NUMERICS = ("fp32", "eager")
-
-
-@dataclass
-class Check:
-    kind: str
-    shape: Sequence[int]  # (T, d_in, d_out, r, N, G)
-    dtype: torch.dtype
-    options: dict  # of the maker and of routed_lora
-    make: Callable[..., Inputs]
-    run: Callable[[str, Inputs], list[str]]
-    note: dict = field(default_factory=dict)
-
-    def label(self) -> str:
-        given = {"dtype": self.dtype} | self.options | self.note
-        values = {name: str(value).removeprefix("torch.") for name, value in given.items()}
-        return f"{','.join(map(str, self.shape))} " + " ".join(f"{name}={value}" for name, value in values.items())
-
-
-@dataclass
-class Row:
-    """One check: mismatches is empty when every output and gradient agrees to the last bit."""
-
-    device: str
-    impl: str
-    kind: str
-    case: str
-    mismatches: list[str]
-    seconds: float
 
 
 def _random_checks(kind: str, quick: bool) -> Iterator[Check]:
@@ -125,24 +99,31 @@ def checks_for(impl: str, device: torch.device, quick: bool) -> Iterator[Check]:
         yield from _self_checks(kind, quick)
 
 
+def _row(impl: str, check: Check, device: torch.device) -> Row | None:
+    """None for a call that impl does not serve; an exception is a mismatch."""
+    start = time.perf_counter()
+    try:
+        inputs = check.make(*check.shape, dtype=check.dtype, device=device, **check.options)
+        mismatches = check.run(impl, inputs)
+    except UnsupportedCall:
+        return None
+    except Exception as error:
+        mismatches = [f"{type(error).__name__}: {error}"]
+    return Row(str(device), impl, check.kind, check.label(), mismatches, time.perf_counter() - start)
+
+
 def run_checks(
     devices: Sequence[str], impls: Sequence[str] | None = None, quick: bool = False,
     progress: Callable[[Row], None] = lambda row: None,
 ) -> list[Row]:  # fmt: skip
-    """Every check of the available implementations, or the given among them; an exception is a mismatch."""
+    """Every check of the available implementations, or the given among them."""
     rows = []
+    suites = ((available_impls, checks_for), (available_spectral_impls, spectral_checks))
     for device in map(torch.device, devices):
-        for impl in (impl for impl in available_impls(device) if impls is None or impl in impls):
-            for check in checks_for(impl, device, quick):
-                start = time.perf_counter()
-                try:
-                    inputs = check.make(*check.shape, dtype=check.dtype, device=device, **check.options)
-                    mismatches = check.run(impl, inputs)
-                except UnsupportedCall:
-                    continue
-                except Exception as error:
-                    mismatches = [f"{type(error).__name__}: {error}"]
-                seconds = time.perf_counter() - start
-                rows.append(Row(str(device), impl, check.kind, check.label(), mismatches, seconds))
-                progress(rows[-1])
+        for available, checks in suites:
+            for impl in (impl for impl in available(device) if impls is None or impl in impls):
+                for row in (_row(impl, check, device) for check in checks(impl, device, quick)):
+                    if row is not None:
+                        rows.append(row)
+                        progress(row)
     return rows
