@@ -26,8 +26,10 @@ __device__ inline double to_double(T v) {
 
 template <class T>
 __device__ inline T rounded_to(float v) {
-    if constexpr (std::is_same_v<T, float>) return v;
-    else return rounded<T>(v);
+    if constexpr (std::is_same_v<T, float>)
+        return v;
+    else
+        return rounded<T>(v);
 }
 
 // count contiguous elements, moved as one access where their alignment allows it.

@@ -1,18 +1,17 @@
 // One warp sums one lane of the row tree, rows lane, lane + 32, ..., as a chain of tensor-core products of four rows;
 // the warps of a block then add up by halves. A block owns a square tile of A^T A.
-#include "cuda/gram.cuh"
-
 #include <cuda_runtime.h>
 
 #include "cuda/fp64.cuh"
+#include "cuda/gram.cuh"
 #include "cuda/launch.h"
 
 namespace mtlora::cuda {
 namespace {
 
 constexpr int kSumLanes = 32, kWarps = kSumLanes / kGramSplits, kThreads = kWarps * kWarp;
-constexpr int kTile = 32;   // columns of a tile when the matrix has more
-constexpr int kAhead = 4;   // products whose rows are loaded together
+constexpr int kTile = 32;  // columns of a tile when the matrix has more
+constexpr int kAhead = 4;  // products whose rows are loaded together
 
 struct GramArgs {
     const void* a;
@@ -161,8 +160,9 @@ void start(const GramArgs& a, int64_t batch, void* stream) {
 }  // namespace
 
 void gram_partial(const View& a, int64_t batch, int64_t rows, int64_t cols, double* partial, void* stream) {
-    const GramArgs args{a.data,    a.stride[0], a.stride[1],                 int(rows),
-                        int(cols), int(cols <= kTile ? 1 : (cols + kTile - 1) / kTile), partial};
+    const GramArgs args{a.data,    a.stride[0], a.stride[1],
+                        int(rows), int(cols),   int(cols <= kTile ? 1 : (cols + kTile - 1) / kTile),
+                        partial};
     switch (a.dtype) {
         case DType::f32:
             return start<float>(args, batch, stream);

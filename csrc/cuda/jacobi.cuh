@@ -17,11 +17,7 @@ struct Cells {
     int row, col, row_step, col_step, cols;
 
     __device__ Cells(int thread, int threads, int cols)
-        : row(thread / cols),
-          col(thread % cols),
-          row_step(threads / cols),
-          col_step(threads % cols),
-          cols(cols) {}
+        : row(thread / cols), col(thread % cols), row_step(threads / cols), col_step(threads % cols), cols(cols) {}
     __device__ void next() {
         row += row_step;
         col += col_step;
@@ -41,9 +37,9 @@ struct Rotations {
 // In shared memory. An odd matrix gets a row and a column of zeros, which never rotate.
 struct Jacobi {
     int l, even, pitch;
-    double *h, *v;        // [even][pitch]
-    double* values;       // [l]: eigenvalues, descending
-    int* order;           // [l]: the column of v that belongs to each
+    double *h, *v;         // [even][pitch]
+    double* values;        // [l]: eigenvalues, descending
+    int* order;            // [l]: the column of v that belongs to each
     Rotations* rotations;  // [2]
 
     static __host__ __device__ int pitch_of(int l) { return (l + l % 2) | 1; }  // odd: columns spread over the banks
@@ -51,7 +47,12 @@ struct Jacobi {
     static constexpr int kStateDoubles = kMaxWidth + kMaxWidth / 2 + 2 * int(sizeof(Rotations) / sizeof(double));
 
     __device__ Jacobi(int l, double* matrices, double* state)
-        : l(l), even(l + l % 2), pitch(pitch_of(l)), h(matrices), v(matrices + even * pitch), values(state),
+        : l(l),
+          even(l + l % 2),
+          pitch(pitch_of(l)),
+          h(matrices),
+          v(matrices + even * pitch),
+          values(state),
           order(reinterpret_cast<int*>(state + kMaxWidth)),
           rotations(reinterpret_cast<Rotations*>(state + kMaxWidth + kMaxWidth / 2)) {}
 

@@ -1,9 +1,9 @@
-#include "cuda/launch.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "cuda/launch.h"
 
 namespace mtlora::cuda {
 namespace {

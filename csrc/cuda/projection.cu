@@ -55,8 +55,7 @@ __global__ void __launch_bounds__(kThreads) projection_kernel(const ProjectionAr
     const float dloss = p.dloss ? *p.dloss : 1.0f;
     int largest = 0;  // bits of magnitudes order as integers, NaN above all
     const int64_t end = min(int64_t(chunk + 1) * kBlockRows, p.rows);
-    for (int64_t top = int64_t(chunk) * kBlockRows + warp * kWarpRows; top < end;
-         top += kThreads / kWarp * kWarpRows) {
+    for (int64_t top = int64_t(chunk) * kBlockRows + warp * kWarpRows; top < end; top += kThreads / kWarp * kWarpRows) {
         double acc[2][kBlocks][2] = {};
         const int64_t row[2] = {top + lane / 4, top + lane / 4 + 8};
         for (int k = lane % 4; k - lane % 4 < p.n; k += 4 * kAhead) {

@@ -174,7 +174,8 @@ __global__ void __launch_bounds__(256) short_side_kernel(const ShortSideArgs a) 
     double* scale = a.scale + matrix * a.rank;
 
     bool finite = true;
-    for (int i = int(threadIdx.x); i < a.n; i += int(blockDim.x)) finite = finite && isfinite(gram_element(g, i, i, a.n));
+    for (int i = int(threadIdx.x); i < a.n; i += int(blockDim.x))
+        finite = finite && isfinite(gram_element(g, i, i, a.n));
     if (!__syncthreads_and(finite)) {
         const double nan = __longlong_as_double(0x7FF8000000000000);
         for (int i = int(threadIdx.x); i < a.n * a.rank; i += int(blockDim.x)) v[i] = float(nan);
@@ -254,7 +255,8 @@ void start(const ShortSideArgs& a, int64_t batch, void* stream) {
     const int state = Jacobi::kStateDoubles + kMaxWidth, jacobi = Jacobi::matrices_doubles(a.l);
     if (a.l < a.n) {
         const int sketch = a.n * Sketch<kRows>::pitch_of(a.l), doubles = state + (sketch > jacobi ? sketch : jacobi);
-        launch<short_side_kernel<kRows, true>>("short_side", grid, 256, doubles * int(sizeof(double)), stream, false, a);
+        launch<short_side_kernel<kRows, true>>("short_side", grid, 256, doubles * int(sizeof(double)), stream, false,
+                                               a);
     } else {
         launch<short_side_kernel<2, false>>("short_side", grid, jacobi_threads(a.l),
                                             (state + jacobi) * int(sizeof(double)), stream, false, a);
@@ -264,9 +266,9 @@ void start(const ShortSideArgs& a, int64_t batch, void* stream) {
 }  // namespace
 
 void short_side(const Rsvd& p, const RsvdWorkspace& w) {
-    const ShortSideArgs args{w.gram,     w.product,  w.basis,     w.scale,
-                             p.s,        p.v,        int(p.cols), int(p.sketch),
-                             int(p.rank), int(p.power_iterations), p.seed};
+    const ShortSideArgs args{w.gram, w.product,   w.basis,       w.scale,     p.s,
+                             p.v,    int(p.cols), int(p.sketch), int(p.rank), int(p.power_iterations),
+                             p.seed};
     if (p.cols <= 2 * kWarp) return start<2>(args, p.batch, p.stream);
     start<kMaxSide / kWarp>(args, p.batch, p.stream);
 }

@@ -1,11 +1,10 @@
 // The spectral penalty of reference/spectral.py: weights, and what surrounds the products of the pairwise form.
-#include "cuda/spectral.h"
-
 #include <cuda_runtime.h>
 
 #include "cuda/gram.cuh"
 #include "cuda/jacobi.cuh"
 #include "cuda/launch.h"
+#include "cuda/spectral.h"
 
 namespace mtlora::cuda {
 namespace {
@@ -26,8 +25,8 @@ struct WeightsArgs {
 __device__ double exp_nonpositive(double v) {
     constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52: adding and subtracting it rounds to an integer
     constexpr double kInverseFactorials[14] = {
-        1.0,           1.0,           1 / 2.0,       1 / 6.0,        1 / 24.0,        1 / 120.0,        1 / 720.0,
-        1 / 5040.0,    1 / 40320.0,   1 / 362880.0,  1 / 3628800.0,  1 / 39916800.0,  1 / 479001600.0,  1 / 6227020800.0};
+        1.0,        1.0,         1 / 2.0,      1 / 6.0,       1 / 24.0,       1 / 120.0,       1 / 720.0,
+        1 / 5040.0, 1 / 40320.0, 1 / 362880.0, 1 / 3628800.0, 1 / 39916800.0, 1 / 479001600.0, 1 / 6227020800.0};
     const double n = (v * 1.4426950408889634 + kMagic) - kMagic;
     const double f = (v - n * 0.6931471803691238) - n * 1.9082149292705877e-10;
     double p = kInverseFactorials[13];
@@ -54,8 +53,10 @@ __global__ void __launch_bounds__(kThreads) weights_kernel(const WeightsArgs a) 
     const double scale = tree_sum(r, sigma) / double(r) + kEpsilon;
     for (int i = thread; i < r; i += threads) {
         const double w = exp_nonpositive(-(sigma(i) / scale));
-        if (a.pairwise) roots[i] = sqrt(w);
-        else out[i] = float(w);
+        if (a.pairwise)
+            roots[i] = sqrt(w);
+        else
+            out[i] = float(w);
     }
     if (!a.pairwise) return;
     __syncthreads();
@@ -254,14 +255,15 @@ void spectral_loss(const SpectralPenaltyFwd& p) {
     const int64_t matrices = p.layers * p.experts, width = p.experts * p.rank, rows = p.layers * width;
     const int r = int(p.rank);
     if (p.pairwise) {
-        launch<cross_kernel>("spectral_cross", dim3{unsigned((rows + kWarps - 1) / kWarps)}, kThreads, 0, p.stream, false,
-                             CrossArgs{p.c, p.workspace, rows, int(width), r});
+        launch<cross_kernel>("spectral_cross", dim3{unsigned((rows + kWarps - 1) / kWarps)}, kThreads, 0, p.stream,
+                             false, CrossArgs{p.c, p.workspace, rows, int(width), r});
         return loss_of(p, p.layers, width, 2, p.workspace);
     }
     double* sums = p.workspace + gram_doubles(matrices, r);
     gram_partial(p.lora_b, matrices, p.rows, r, p.workspace, p.stream);
-    launch<gram_loss_kernel>("spectral_gram_loss", dim3{unsigned(matrices)}, kThreads, r * int(sizeof(double)), p.stream,
-                             false, GramLossArgs{p.workspace, p.weights, p.c, sums, 4.0 / double(matrices), r});
+    launch<gram_loss_kernel>("spectral_gram_loss", dim3{unsigned(matrices)}, kThreads, r * int(sizeof(double)),
+                             p.stream, false,
+                             GramLossArgs{p.workspace, p.weights, p.c, sums, 4.0 / double(matrices), r});
     loss_of(p, 1, matrices, double(matrices), sums);
 }
 
@@ -285,8 +287,9 @@ void spectral_slope(const SpectralPenaltyBwd& p) {
     project(q, p.stream);
     const int parts = int(p.experts * projection_blocks(width)), blocks = int(size / (8 * kThreads) + 1);
     for_dtype(p.lora_b.dtype, [&](auto element) {
-        launch<scale_kernel<decltype(element)>>("spectral_scale", dim3{unsigned(p.layers * blocks)}, kThreads, 0, p.stream,
-                                                false, ScaleArgs{p.k, largest, p.scaled_k, p.up, size, parts, blocks});
+        launch<scale_kernel<decltype(element)>>("spectral_scale", dim3{unsigned(p.layers * blocks)}, kThreads, 0,
+                                                p.stream, false,
+                                                ScaleArgs{p.k, largest, p.scaled_k, p.up, size, parts, blocks});
     });
 }
 

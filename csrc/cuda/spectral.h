@@ -36,7 +36,7 @@ void short_side(const Rsvd& p, const RsvdWorkspace& w);  // S, V and scale, from
 struct Projection {
     const void* a;  // element (layer, expert, row, i) at strides, columns contiguous
     int64_t a_layer, a_expert, a_row;
-    const float* w;   // [layers * experts, n, k], or [.., k, n] if transposed
+    const float* w;  // [layers * experts, n, k], or [.., k, n] if transposed
     bool transposed;
     const double* scale;  // [layers * experts, k]: multiplies the fp64 sum; 0 asks for a normal number instead
     double factor;        // the same for all, where scale is null

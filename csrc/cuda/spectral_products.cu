@@ -49,8 +49,10 @@ struct Tile {
     }
 
     __device__ static void copy_stage(const Operands& o, uint32_t to, int top, int left, int k) {
-        if constexpr (kTransposed) copy_box<kDepth, kTile>(to, o.a, o.a_pitch, k, top, o.depth, o.rows);
-        else copy_box<kTile, kDepth>(to, o.a, o.a_pitch, top, k, o.rows, o.depth);
+        if constexpr (kTransposed)
+            copy_box<kDepth, kTile>(to, o.a, o.a_pitch, k, top, o.depth, o.rows);
+        else
+            copy_box<kTile, kDepth>(to, o.a, o.a_pitch, top, k, o.rows, o.depth);
         copy_box<kDepth, kTile>(to + kStageBytes / 2, o.b, o.b_pitch, k, left, o.depth, o.cols);
     }
 

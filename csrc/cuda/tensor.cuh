@@ -21,8 +21,8 @@ __device__ inline void copy_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// Four 8 x 8 matrices; lane t gives the address of row t % 8 of matrix t / 8 and gets elements (t / 4, 2 (t % 4) + {0, 1})
-// of each, or of its transpose.
+// Four 8 x 8 matrices; lane t gives the address of row t % 8 of matrix t / 8 and gets elements (t / 4, 2 (t % 4) + {0,
+// 1}) of each, or of its transpose.
 template <bool kTranspose>
 __device__ inline void load_matrices(uint32_t (&m)[4], uint32_t at) {
     if constexpr (kTranspose) {

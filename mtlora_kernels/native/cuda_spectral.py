@@ -45,8 +45,8 @@ def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed:
     return u, s, v
 
 
-def _set_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, **fields) -> Tensor:
-    """What the functions below share, for lora_b [L, N, d, r] whose rows are contiguous; returns the workspace."""
+def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, **fields) -> Tensor:
+    """Sets params for a contiguous lora_b [L, N, d, r]; returns the workspace, which must outlive the call."""
     layers, experts, d, rank = lora_b.shape
     set_fields(
         params, layers=layers, experts=experts, rows=d, rank=rank, pairwise=kind == "pairwise", stream=_stream(lora_b),
@@ -72,7 +72,7 @@ def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
     lora_b, (layers, experts, _, rank) = lora_b.contiguous(), lora_b.shape
     weights = lora_b.new_empty(layers, experts, *(rank,) * (1 + (kind == "pairwise")), dtype=torch.float32)
     params = _C.SpectralWeights()
-    workspace = _set_layers(params, lora_b, weights, kind)  # noqa: F841, must outlive the call
+    _workspace = _of_layers(params, lora_b, weights, kind)
     _C.spectral_weights_cuda(params)
     return weights
 
@@ -83,7 +83,7 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
     lora_b, weights, width = lora_b.contiguous(), weights.contiguous(), experts * rank
     loss = lora_b.new_empty((), dtype=torch.float32)
     params = _C.SpectralPenaltyFwd()
-    workspace = _set_layers(params, lora_b, weights, kind, loss=loss.data_ptr())  # noqa: F841, must outlive the call
+    _workspace = _of_layers(params, lora_b, weights, kind, loss=loss.data_ptr())
     if kind == "pairwise":
         x, c = lora_b.new_empty(layers, d, width), weights.new_empty(layers, width, width)
         set_fields(params, x=x.data_ptr(), c=c.data_ptr())
@@ -105,7 +105,7 @@ def spectral_penalty_bwd(dloss: Tensor, lora_b: Tensor, weights: Tensor, x: Tens
     lora_b, weights, grad = lora_b.contiguous(), weights.contiguous(), lora_b.new_empty(lora_b.shape)
     params = _C.SpectralPenaltyBwd()
     fields = {"x": x.data_ptr(), "c": c.data_ptr(), "dloss": dloss.data_ptr(), "dlora_b": grad.data_ptr()}
-    workspace = _set_layers(params, lora_b, weights, kind, **fields)  # noqa: F841, must outlive the call
+    _workspace = _of_layers(params, lora_b, weights, kind, **fields)
     if kind == "pairwise":
         k, scaled_k, up = torch.empty_like(c), torch.empty_like(c, dtype=x.dtype), c.new_empty(len(c))
         set_fields(params, k=k.data_ptr(), scaled_k=scaled_k.data_ptr(), up=up.data_ptr())
