@@ -28,6 +28,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     train = commands.add_parser("train", help="train on digits, reference against kernels: equal losses, time ratio")
     _add_common(train)
     train.add_argument("--steps", type=int, help="optimizer steps (default: 200, with --quick 50)")
+    train.add_argument("--spectral", type=float, default=0.0, metavar="COEF", help="add COEF * spectral_penalty")
+
+    spectral = commands.add_parser(
+        "spectral", help="batched_rsvd and spectral_penalty against rivals, accuracy and time"
+    )
+    _add_common(spectral)
+    spectral.add_argument("--report", action="store_true", help="train with and without the penalty, draw the spectra")
 
     commands.add_parser("plot", help="draw the stored results as PNG")
     return parser.parse_args(arguments)
@@ -43,7 +50,14 @@ def main() -> int:
     if args.command == "train":
         from . import train  # scikit-learn is needed here only
 
-        return train.run(device, quick=args.quick, impls=args.impl, steps=args.steps, save=not args.no_save)
+        return train.run(
+            device, quick=args.quick, impls=args.impl, steps=args.steps, spectral=args.spectral, save=not args.no_save
+        )
+    if args.command == "spectral":
+        from . import spectral, spectral_report
+
+        job = spectral_report.run if args.report else spectral.run
+        return job(device, quick=args.quick, impls=args.impl, save=not args.no_save)
     from . import adapter
 
     return adapter.run(

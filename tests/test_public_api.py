@@ -13,7 +13,7 @@ from mtlora_kernels.dispatch import IMPLS
 ROOT = Path(mk.__file__).parents[1]
 
 EXPORTS = {
-    "SpectralWeights", "available_impls", "available_spectral_impls", "balance_loss", "batched_rsvd", "nn",
+    "SpectralWeights", "analysis", "available_impls", "available_spectral_impls", "balance_loss", "batched_rsvd", "nn",
     "routed_lora", "spectral_penalty", "testing",
 }  # fmt: skip
 TESTING = {

@@ -13,9 +13,11 @@ ROTATE = 2.0**-54  # a pair is rotated while its off-diagonal element exceeds th
 
 
 def square_root(x: Tensor) -> Tensor:
-    """The IEEE square root in fp64. Where torch takes its own from MKL, it is an ulp off for 1 value in 75; one
-    Newton step from it with the exact remainder x - s*s, whose product is split after Veltkamp, rounds correctly."""
+    """The IEEE square root in fp64. On CPUs torch's may be MKL's, an ulp off for 1 value in 75; one Newton step from
+    it with the exact remainder x - s*s, whose product is split after Veltkamp, rounds correctly."""
     s = x.sqrt()
+    if x.is_cuda:
+        return s
     high = s * (2.0**27 + 1)
     high = high - (high - s)
     low, square = s - high, s * s
@@ -37,27 +39,27 @@ def gram(a: Tensor) -> Tensor:
     return s[:, 0]
 
 
-def round_robin(n: int) -> list[tuple[list[int], list[int]]]:
-    """Rounds of disjoint pairs p < q that meet every pair of 0 ... n-1 once: round k pairs k with the last index
-    and k + i with k - i, modulo the number of rounds; an odd n leaves one index out of each round."""
-    rounds = n - 1 + n % 2
-    pairs = [[(k, rounds)] + [((k + i) % rounds, (k - i) % rounds) for i in range(1, (rounds + 1) // 2)]
-             for k in range(rounds)]  # fmt: skip
-    ordered = [[(min(pair), max(pair)) for pair in one if max(pair) < n] for one in pairs]
-    return [([p for p, _ in one], [q for _, q in one]) for one in ordered]
+def round_robin(n: int) -> Tensor:
+    """Rounds of disjoint pairs that meet every pair of the indices 0 ... n-1 once, n even: int64 [n-1, 2, n/2] with
+    first < second. Round k pairs k with the last index and k + i with k - i, modulo the number of rounds."""
+    pairs = [[(k, n - 1)] + [((k + i) % (n - 1), (k - i) % (n - 1)) for i in range(1, n // 2)] for k in range(n - 1)]
+    return torch.tensor(pairs).sort(-1).values.mT
 
 
 def jacobi(g: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues [batch, n], descending, and eigenvectors in columns [batch, n, n] of a symmetric fp64 matrix.
 
-    The pairs of one round rotate together: first all columns, then all rows.
+    The pairs of one round rotate together: first all columns, then all rows. An odd n gets a zero row and column,
+    whose pairs never rotate.
     """
-    g, n = g.clone(), g.shape[-1]
-    v = torch.eye(n, dtype=g.dtype, device=g.device).expand_as(g).clone()
-    threshold = tree_sum(g.diagonal(dim1=1, dim2=2))[:, None] * ROTATE
+    width, threshold = g.shape[-1], tree_sum(g.diagonal(dim1=1, dim2=2))[:, None] * ROTATE
+    n = max(2, width + width % 2)
+    g = zero_padded(zero_padded(g, 1, n), 2, n).clone()
+    v = torch.eye(n, dtype=g.dtype, device=g.device).expand_as(g)
+    rounds = round_robin(n).to(g.device)
     for _ in range(MAX_SWEEPS):
-        rotated = False
-        for p, q in round_robin(n):
+        rotated = torch.zeros((), dtype=torch.bool, device=g.device)
+        for p, q in rounds:
             app, aqq, apq = g[:, p, p], g[:, q, q], g[:, p, q]
             rotate = apq.abs() > threshold
             gap, twice = aqq - app, 2 * apq
@@ -65,21 +67,18 @@ def jacobi(g: Tensor) -> tuple[Tensor, Tensor]:
             t = torch.where(rotate, twice / (gap + torch.where(gap < 0, -root, root)), 0)
             c = 1 / square_root(1 + t * t)
             s = t * c
-            for matrix in (g, v):
-                columns_p, columns_q = matrix[:, :, p], matrix[:, :, q]
-                matrix[:, :, p] = c[:, None] * columns_p - s[:, None] * columns_q
-                matrix[:, :, q] = s[:, None] * columns_p + c[:, None] * columns_q
-            rows_p, rows_q = g[:, p], g[:, q]
-            g[:, p] = c[..., None] * rows_p - s[..., None] * rows_q
-            g[:, q] = s[..., None] * rows_p + c[..., None] * rows_q
+            order = torch.cat([p, q])
+            place, partner = order.argsort(), torch.cat([q, p])[order.argsort()]
+            keep, mix = torch.cat([c, c], 1)[:, place], torch.cat([-s, s], 1)[:, place]
+            g, v = (m * keep[:, None] + m[:, :, partner] * mix[:, None] for m in (g, v))
+            g = g * keep[..., None] + g[:, partner] * mix[..., None]
             g[:, p, p], g[:, q, q] = app - t * apq, aqq + t * apq
-            for i, j in ((p, q), (q, p)):
-                g[:, i, j] = torch.where(rotate, 0, g[:, i, j])
-            rotated = rotated or bool(rotate.any())
+            g[:, p, q], g[:, q, p] = (torch.where(rotate, 0, g[:, i, j]) for i, j in ((p, q), (q, p)))
+            rotated |= rotate.any()
         if not rotated:  # nor would a later sweep
             break
-    values, order = g.diagonal(dim1=1, dim2=2).sort(descending=True, stable=True)
-    return values, v.gather(2, order[:, None].expand_as(v))
+    values, order = g.diagonal(dim1=1, dim2=2)[:, :width].sort(descending=True, stable=True)
+    return values, v[:, :width].gather(2, order[:, None].expand(-1, width, -1))
 
 
 def orthonormal(y: Tensor) -> Tensor:

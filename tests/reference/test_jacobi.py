@@ -29,10 +29,10 @@ def scalar_jacobi(g: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarr
     g, v = g.copy(), np.eye(len(g))
     for _ in range(24):
         rotated = False
-        for ps, qs in round_robin(len(g)):
+        for ps, qs in round_robin(len(g) + len(g) % 2).tolist():
             planned = []
             for p, q in zip(ps, qs, strict=True):
-                if abs(g[p, q]) > threshold:
+                if q < len(g) and abs(g[p, q]) > threshold:
                     gap, twice = g[q, q] - g[p, p], 2 * g[p, q]
                     root = np.sqrt(gap * gap + twice * twice)
                     t = twice / (gap + (-root if gap < 0 else root))
@@ -70,9 +70,9 @@ def test_gram_is_a_scalar_loop(shape, dtype):
     assert_bitwise_equal(gram(a), gram(a).mT)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 7, 16, 63, 64])
+@pytest.mark.parametrize("n", [2, 4, 8, 16, 64])
 def test_round_robin_meets_every_pair_once(n):
-    rounds = [list(zip(p, q, strict=True)) for p, q in round_robin(n)]
+    rounds = [list(zip(p, q, strict=True)) for p, q in round_robin(n).tolist()]
     assert sorted(pair for one in rounds for pair in one) == list(combinations(range(n), 2))
     assert all(len({i for pair in one for i in pair}) == 2 * len(one) for one in rounds)
 
