@@ -28,11 +28,9 @@ static inline int64_t pitch(int64_t cols) {
 template <int ROWS, int COLS, class T>
 static void tile(int64_t k, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, T* c, int64_t ldc,
                  bool resume) {
-    Vector<T> acc[ROWS][COLS] = {};
-    if (resume) {
-        for (int i = 0; i < ROWS; ++i)
-            for (int j = 0; j < COLS; ++j) acc[i][j] = load(c + i * ldc + j * WIDTH<T>);
-    }
+    Vector<T> acc[ROWS][COLS];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLS; ++j) acc[i][j] = resume ? load(c + i * ldc + j * WIDTH<T>) : Vector<T>{};
     for (int64_t p = 0; p < k; ++p) {
         Vector<T> columns[COLS];
         for (int j = 0; j < COLS; ++j) columns[j] = load(b + j * WIDTH<T>);

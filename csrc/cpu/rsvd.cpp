@@ -178,7 +178,9 @@ struct LongSide {
         for (int64_t row = 0; row < p.rows; row += kPackedRows) {
             const int64_t taken = min(kPackedRows, p.rows - row);
             load_rows64(z, row, taken, k, floats, rows, ld);
-            gemm(taken, k, k, rows, ld, 1, s, ld, out, ld, false);
+            for (int64_t j = 0; j < k; j += 8) {  // L^-T is upper triangular
+                gemm(taken, min(8, k - j), min(k, j + 8), rows, ld, 1, s + j, ld, out + j, ld, false);
+            }
             for (int64_t i = 0; i < taken; ++i) narrow_row(out + i * ld, ones, k, u + (row + i) * k);
         }
     }
