@@ -20,6 +20,7 @@ void check(cudaError_t status, const char* kernel);
 
 int current_device();
 int multiprocessors();
+int max_shared_bytes();  // of a block on this device
 
 // A tiled view of `data` (bf16 or f16): sizes and box in elements from the innermost dimension, which is contiguous;
 // strides in elements, of the other dimensions. swizzle follows the bytes of a row of the box (128 at most).
@@ -38,7 +39,8 @@ void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* st
         static std::atomic<uint64_t> prepared{0};  // a bit per device
         const uint64_t device = uint64_t(1) << (current_device() & 63);
         if (!(prepared.load(std::memory_order_relaxed) & device)) {
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes), name);
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()),
+                  name);
             prepared.fetch_or(device, std::memory_order_relaxed);
         }
     }
