@@ -54,9 +54,10 @@ def expand(tokens: int, fp32: bool) -> Tile:
     return Tile(128, 64, 0, 4, 1)
 
 
-def expand_tiles(row_tiles: int, column_tiles: int) -> int:
+def expand_tiles(row_tiles: int, groups: int, tiles_per_group: int) -> int:
     """Column tiles a program walks with one z: 16 at most, fewer when programs would not cover the chip twice."""
-    return max(1, min(16, row_tiles * column_tiles // (2 * PROGRAMS)))
+    most = max(1, min(16, row_tiles * groups * tiles_per_group // (2 * PROGRAMS)))
+    return next(tiles for tiles in range(most, 0, -1) if tiles_per_group % tiles == 0)
 
 
 def expert_sum(tokens: int, fp32: bool) -> Tile:

@@ -137,12 +137,12 @@ def sum_rows(v: Tensor) -> Tensor:
     return v[0]
 
 
-@triton.jit(do_not_specialize=["size"])
-def _sum_parts_kernel(parts_ptr, out_ptr, factor, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "parts"])
+def _sum_parts_kernel(parts_ptr, out_ptr, factor, size, parts, BLOCK: tl.constexpr):
     """out = factor * (part 0 + part 1 + ...) in that order."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.load(parts_ptr + o, o < size, other=0.0)
-    for i in tl.static_range(1, PARTS):
+    for i in range(1, parts):
         acc += tl.load(parts_ptr + i * size.to(tl.int64) + o, o < size, other=0.0)
     tl.store(out_ptr + o, (acc * factor).to(out_ptr.dtype.element_ty), o < size)
 
@@ -160,7 +160,7 @@ def sum_parts(parts: Tensor, like: Tensor, factor: float) -> Tensor:
     size, block = out.numel(), _PART_TILE.columns
     launch(
         _sum_parts_kernel, (ceil_div(size, block), 1, 1), _PART_TILE, parts_ptr=parts, out_ptr=out, factor=factor,
-        size=size, PARTS=parts.shape[0], BLOCK=block,
+        size=size, parts=parts.shape[0], BLOCK=block,
     )  # fmt: skip
     return out
 

@@ -104,18 +104,18 @@ def _load_experts(b_ptr, o_k, o_o, m_o, O: tl.constexpr, N: tl.constexpr, R: tl.
     return tl.load(at, ((o_k // RP < N) & (o_k % RP < R))[:, None] & m_o[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "tiles"])
 def _expand_kernel(
-    h_ptr, pi_ptr, b_ptr, scale_ptr, residual_ptr, out_ptr, scaling, T, stride_t, stride_o,
+    h_ptr, pi_ptr, b_ptr, scale_ptr, residual_ptr, out_ptr, scaling, T, tiles, stride_t, stride_o,
     O: tl.constexpr, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EXPERTS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
-    """TILES column tiles of one or more groups in a row of BT tokens; K runs over chunks of EXPERTS experts."""
+    """A run of column tiles of one group, for BT tokens; K runs over chunks of EXPERTS experts."""
     S: tl.constexpr = O // G
     tiles_per_group: tl.constexpr = (S + BO - 1) // BO
     K: tl.constexpr = EXPERTS * RP
-    z_once: tl.constexpr = tiles_per_group % TILES == 0 and N <= EXPERTS
+    z_once: tl.constexpr = N <= EXPERTS
+    i_g = tl.program_id(0) * tiles // tiles_per_group
     o_t = tl.program_id(1) * BT + tl.arange(0, BT)
     o_n = tl.arange(0, EXPERTS)
     o_r = tl.arange(0, RP)
@@ -123,13 +123,10 @@ def _expand_kernel(
     h_at = h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :]
     b_h = tl.load(h_at, (o_t < T)[:, None] & (o_r < R)[None, :], other=0.0)
     if z_once:
-        i_g = tl.program_id(0) * TILES // tiles_per_group
         z = mixed_h(b_h, load_weights(pi_ptr, scale_ptr, o_t, i_g, o_n, T, N, G, HAS_SCALE))
-    for i in range(TILES):
-        i_tile = tl.program_id(0) * TILES + i
-        i_g = i_tile // tiles_per_group
-        o_s = (i_tile % tiles_per_group) * BO + tl.arange(0, BO)
-        m_o = (o_s < S) & (i_g < G)
+    for i in range(tiles):
+        o_s = ((tl.program_id(0) * tiles + i) % tiles_per_group) * BO + tl.arange(0, BO)
+        m_o = o_s < S
         o_o = i_g * S + o_s
         m = (o_t < T)[:, None] & m_o[None, :]
         if HAS_RESIDUAL:  # before the product, which hides its latency
@@ -140,7 +137,7 @@ def _expand_kernel(
             acc = dot(z, _load_experts(b_ptr, o_k, o_o, m_o, O, N, R, RP), acc)
         else:
             for i_n in range(0, N, EXPERTS):
-                w = load_weights(pi_ptr, scale_ptr, o_t, tl.minimum(i_g, G - 1), i_n + o_n, T, N, G, HAS_SCALE)
+                w = load_weights(pi_ptr, scale_ptr, o_t, i_g, i_n + o_n, T, N, G, HAS_SCALE)
                 b_b = _load_experts(b_ptr, i_n * RP + o_k, o_o, m_o, O, N, R, RP)
                 if CHUNK:
                     acc += dot(mixed_h(b_h, w), b_b, tl.zeros([BT, BO], tl.float32))
@@ -251,13 +248,12 @@ def _mix(h, pi, b, expert_scale, residual, out, scaling, numerics, accumulate_in
     }  # fmt: skip
     if numerics == "fp32" and uses_group_form(group_size):
         tile = configs.expand(tokens, fp32)
-        column_tiles = groups * ceil_div(group_size, tile.columns)
-        row_tiles = ceil_div(tokens, tile.rows)
-        tiles = configs.expand_tiles(row_tiles, column_tiles)
+        tiles_per_group, row_tiles = ceil_div(group_size, tile.columns), ceil_div(tokens, tile.rows)
+        tiles = configs.expand_tiles(row_tiles, groups, tiles_per_group)
         experts_k = max(min(next_power_of_two(experts), 256 // rank_p), 16 // rank_p)
         launch(
-            _expand_kernel, (ceil_div(column_tiles, tiles), row_tiles, 1), tile, RP=rank_p, EXPERTS=experts_k,
-            CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.columns, TILES=tiles, **common,
+            _expand_kernel, (groups * tiles_per_group // tiles, row_tiles, 1), tile, tiles=tiles, RP=rank_p,
+            EXPERTS=experts_k, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.columns, **common,
         )  # fmt: skip
         return
     tile = configs.expert_sum(tokens, fp32)

@@ -1,0 +1,91 @@
+"""`python -m benchmarks kernels`: device time of every kernel of a call, replayed from a CUDA graph.
+
+The profiler reads the times, so the list is whatever the implementation launches, in its order.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+
+from .registry import default_impls, routed_lora
+from .results import KERNEL_FIELDS, RESULTS, append, provenance
+from .shapes import make_inputs, shape_table, small_batch_table
+from .timing import Timing, captured, quantiles, time_call
+
+REPLAYS = 20
+WHOLE_GRAPH = "whole graph, cold cache"  # timed as `adapter` times a call, gaps between kernels included
+
+
+def run(
+    device: torch.device,
+    *,
+    quick: bool = False,
+    impls: Sequence[str] = (),
+    shapes: str = "*",
+    numerics: Sequence[str] = ("fp32", "eager"),
+    save: bool = True,
+    folder: Path = RESULTS,
+) -> int:
+    if device.type != "cuda":
+        raise SystemExit(f"--device is {str(device)!r}, it must be cuda: kernels are read from a CUDA graph")
+    rows = []
+    for shape in shape_table(device, quick) + (() if quick else small_batch_table(device, quick)):
+        if not fnmatch(shape.name, shapes):
+            continue
+        inputs = make_inputs(shape, device)
+        for impl in impls or default_impls(device):
+            for kind in numerics:
+                contender = routed_lora(impl, kind)
+                for measure in ("forward", "forward+backward")[: 1 + shape.backward]:
+                    with torch.set_grad_enabled(measure != "forward"):
+                        replay = captured(contender.call(inputs, measure))
+                    times = [*kernel_times(replay), (WHOLE_GRAPH, time_call(replay, device))]
+                    total = sum(timing.p50 for _, timing in times[:-1])
+                    print(f"\n{shape.name} {impl} {kind} {measure}: kernels {total:.1f} us", flush=True)
+                    for step, (kernel, timing) in enumerate(times):
+                        print(f"  {timing.p50:>9.1f} us  [{timing.p20:.1f}, {timing.p80:.1f}]  {kernel}", flush=True)
+                        rows.append(
+                            {
+                                "shape": shape.name,
+                                "impl": impl,
+                                "numerics": kind,
+                                "measure": measure,
+                                "step": step,
+                                "kernel": kernel,
+                                "p20_us": f"{timing.p20:.2f}",
+                                "p50_us": f"{timing.p50:.2f}",
+                                "p80_us": f"{timing.p80:.2f}",
+                            }
+                        )
+    if save:
+        append(folder / "kernels.csv", KERNEL_FIELDS, (provenance(device) | row for row in rows))
+    return 0
+
+
+def kernel_times(replay: Callable[[], None]) -> list[tuple[str, Timing]]:
+    """Name and time of each kernel of one replay, in order of launch."""
+    replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(REPLAYS):
+            replay()
+        torch.cuda.synchronize()
+    events = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    events.sort(key=lambda event: event.time_range.start)
+    if not events or len(events) % REPLAYS:
+        raise RuntimeError(f"the profiler saw {len(events)} kernels in {REPLAYS} replays of one graph")
+    steps = [events[step :: len(events) // REPLAYS] for step in range(len(events) // REPLAYS)]
+    return [(short_name(step[0].name), quantiles([e.time_range.elapsed_us() for e in step])) for step in steps]
+
+
+def short_name(kernel: str) -> str:
+    """
+    >>> short_name("void at::native::(anonymous namespace)::fill<4, float>(int, float*)")
+    'fill'
+    """
+    plain = kernel.replace("(anonymous namespace)::", "").removeprefix("void ")
+    return re.split(r"[<(]", plain)[0].strip().split("::")[-1]
