@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers torch.ops.mtlora_kernels)
+from . import ops
 from .dispatch import resolve
 from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
 
@@ -91,7 +91,7 @@ def routed_lora(
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
     leading, d_out = x.shape[:-1], b.shape[1]
-    out, load, _, _ = torch.ops.mtlora_kernels.routed_lora_fwd(
+    out, load = ops.routed_lora(
         x.reshape(-1, x.shape[-1]),
         lora_a,
         b,
