@@ -90,14 +90,14 @@ def routed_lora(
         compute_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
-    leading, d_out = x.shape[:-1], b.shape[1]
+    leading, d_out, flat = x.shape[:-1], b.shape[1], x.dim() == 2
     out, load = ops.routed_lora(
-        x.reshape(-1, x.shape[-1]),
+        x if flat else x.reshape(-1, x.shape[-1]),
         lora_a,
         b,
         router,
         None if route_weights is None else token_route_weights(route_weights, x),
-        None if residual is None else residual.reshape(-1, d_out),
+        residual if flat or residual is None else residual.reshape(-1, d_out),
         expert_scale,
         seed_tensor(dropout_seed, x) if dropout_p > 0 else None,
         float(scaling),
@@ -110,7 +110,7 @@ def routed_lora(
         return_load,
         resolve(impl, x.device, compute_dtype),
     )
-    out = out.view(*leading, d_out)
+    out = out if flat else out.view(*leading, d_out)
     return (out, load) if return_load else out
 
 
