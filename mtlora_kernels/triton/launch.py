@@ -2,13 +2,12 @@
 
 A launcher is two functions: a `plan`, cached by sizes, strides and options, that chooses the tile and returns a
 `Launch`; and one that allocates and calls it. Triton's own binder costs 40 to 100 us a launch; here only the first
-launch for each dtype and 16-byte alignment of the tensors goes through it, which compiles, or finds that it has
-compiled for this class of values already.
+launch of each specialisation goes through it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,32 +31,44 @@ def on_device(t: Tensor) -> AbstractContextManager:
 class Launch:
     """A kernel with its grid, its tile and all parameters but the tensors, which come first in every kernel."""
 
+    _compiled: ClassVar[dict[tuple, tuple]] = {}  # shared, so that another number of tokens compiles nothing
+
     def __init__(self, kernel: Any, grid: tuple[int, int, int], tile: Tile, **values: Any) -> None:
-        self.kernel, self.grid, self.values = kernel, grid, values
-        self.options = tile.launch
-        self.compiled: dict[tuple, tuple] = {}
+        self.kernel, self.grid, self.tile, self.values = kernel, grid, tile, values
+        self.ready: dict[tuple, tuple] = {}
+        if not INTERPRET:
+            parameters = kernel.params[-len(values) :]
+            self.arguments = [values[p.name] for p in parameters]
+            decisive = [_decides(p, value) for p, value in zip(parameters, self.arguments, strict=True)]
+            self.code = (kernel.fn, tile, *decisive)
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Run on the current stream; tensors in the kernel's order, None where it reads nothing."""
         if 0 in self.grid:
             return
         if INTERPRET:
-            self._through_triton(tensors)
+            self.kernel[self.grid](*tensors, **self.values, **self.tile.launch)
             return
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         device = tensors[0].get_device()
         key = (device, *[t if t is None else t.dtype for t in tensors], *[address % 16 for address in addresses])
-        known = self.compiled.get(key)
-        if known is None:
-            self.compiled[key] = self._through_triton(tensors)
-            return
-        run, function, metadata, values = known
+        ready = self.ready.get(key)
+        if ready is None:
+            ready = self.ready[key] = self._compile(key, tensors)
+        run, function, metadata = ready
         stream = torch._C._cuda_getCurrentRawStream(device)
-        run(*self.grid, stream, function, metadata, None, None, None, *addresses, *values)
+        run(*self.grid, stream, function, metadata, None, None, None, *addresses, *self.arguments)
 
-    def _through_triton(self, tensors: tuple) -> tuple:
-        compiled = self.kernel[self.grid](*tensors, **self.values, **self.options)
-        if INTERPRET:
-            return ()
-        values = [self.values[name] for name in self.kernel.arg_names[len(tensors) :]]
-        return compiled.run, compiled.function, compiled.packed_metadata, values
+    def _compile(self, key: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
+        code = (*self.code, *key)
+        if code not in self._compiled:
+            compiled = self.kernel.warmup(*tensors, grid=self.grid, **self.values, **self.tile.launch)
+            self._compiled[code] = compiled.run, compiled.function, compiled.packed_metadata
+        return self._compiled[code]
+
+
+def _decides(parameter: Any, value: Any) -> Any:
+    """What of a value decides the machine code: only its type, where Triton is told not to specialise on it."""
+    if isinstance(value, float):
+        return float
+    return value.bit_length() > 31 if parameter.do_not_specialize else value
