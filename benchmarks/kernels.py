@@ -5,7 +5,9 @@ The profiler reads the times, so the list is whatever the implementation launche
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -37,33 +39,27 @@ def run(
         if not fnmatch(shape.name, shapes):
             continue
         inputs = make_inputs(shape, device)
-        for impl in impls or default_impls(device):
-            for kind in numerics:
-                contender = routed_lora(impl, kind)
-                for measure in ("forward", "forward+backward")[: 1 + shape.backward]:
-                    with torch.set_grad_enabled(measure != "forward"):
-                        replay = captured(contender.call(inputs, measure))
-                    times = [*kernel_times(replay), (WHOLE_GRAPH, time_call(replay, device))]
-                    total = sum(timing.p50 for _, timing in times[:-1])
-                    print(f"\n{shape.name} {impl} {kind} {measure}: kernels {total:.1f} us", flush=True)
-                    for step, (kernel, timing) in enumerate(times):
-                        print(f"  {timing.p50:>9.1f} us  [{timing.p20:.1f}, {timing.p80:.1f}]  {kernel}", flush=True)
-                        rows.append(
-                            {
-                                "shape": shape.name,
-                                "impl": impl,
-                                "numerics": kind,
-                                "measure": measure,
-                                "step": step,
-                                "kernel": kernel,
-                                "p20_us": f"{timing.p20:.2f}",
-                                "p50_us": f"{timing.p50:.2f}",
-                                "p80_us": f"{timing.p80:.2f}",
-                            }
-                        )
+        for impl, kind in product(impls or default_impls(device), numerics):
+            for measure in ("forward", "forward+backward")[: 1 + shape.backward]:
+                with torch.set_grad_enabled(measure != "forward"):
+                    replay = captured(routed_lora(impl, kind).call(inputs, measure))
+                times = [*kernel_times(replay), (WHOLE_GRAPH, time_call(replay, device))]
+                _print(f"{shape.name} {impl} {kind} {measure}", times)
+                about = {"shape": shape.name, "impl": impl, "numerics": kind, "measure": measure}
+                rows += [about | {"step": step} | _cells(*time) for step, time in enumerate(times)]
     if save:
         append(folder / "kernels.csv", KERNEL_FIELDS, (provenance(device) | row for row in rows))
     return 0
+
+
+def _print(title: str, times: list[tuple[str, Timing]]) -> None:
+    print(f"\n{title}: kernels {sum(timing.p50 for _, timing in times[:-1]):.1f} us")
+    for kernel, timing in times:
+        print(f"  {timing.p50:>9.1f} us  [{timing.p20:.1f}, {timing.p80:.1f}]  {kernel}", flush=True)
+
+
+def _cells(kernel: str, timing: Timing) -> dict[str, str]:
+    return {"kernel": kernel} | {f"{name}_us": f"{value:.2f}" for name, value in asdict(timing).items()}
 
 
 def kernel_times(replay: Callable[[], None]) -> list[tuple[str, Timing]]:
