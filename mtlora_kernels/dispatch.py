@@ -45,16 +45,14 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 def resolve(impl: str | None, device: torch.device, compute_dtype: torch.dtype) -> str:
     """The implementation of this call. None: the fastest that supports it; a name: that one or ValueError."""
-    available = available_impls(device)
+    kind = device.type
     if impl is None:
         # A CPU tensor reaches Triton's interpreter, a test tool, by name only: its own device type is "cuda".
-        return next(
-            i for i in IMPLS if i in available and compute_dtype in _TABLE[i][1] and _TABLE[i][0] in (None, device.type)
-        )
+        return next(i for i in IMPLS if _BUILT[i] and compute_dtype in _TABLE[i][1] and _TABLE[i][0] in (None, kind))
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}, it must be None or one of {IMPLS}")
-    if impl not in available:
-        raise ValueError(f"impl is {impl!r}, it must be one of {available} for tensors on {device}")
+    if not (_BUILT[impl] and _runs_on(impl, kind)):
+        raise ValueError(f"impl is {impl!r}, it must be one of {available_impls(device)} for tensors on {device}")
     if compute_dtype not in _TABLE[impl][1]:
         raise ValueError(f"impl is {impl!r}, it must be 'reference' for compute_dtype {compute_dtype}")
     return impl

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops
+from . import eager
 from .dispatch import resolve
 from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
 
@@ -91,7 +91,7 @@ def routed_lora(
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
     leading, d_out, flat = x.shape[:-1], b.shape[1], x.dim() == 2
-    out, load = ops.routed_lora(
+    out, load = eager.routed_lora(
         x if flat else x.reshape(-1, x.shape[-1]),
         lora_a,
         b,

@@ -4,6 +4,8 @@ Forward and backward are separate opaque operators with every argument explicit.
 what was not asked for comes back as an empty tensor. All tensors arrive validated and flattened to tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ _lib.define(
 )
 
 
-def _routed_lora_fwd(
+def run_forward(
     x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling, num_groups, numerics,
     activation, dropout_p, compute_dtype, accumulate_into_residual, return_load, impl,
 ):  # fmt: skip
@@ -53,14 +55,19 @@ def _routed_lora_fwd_fake(
     )
 
 
-def _routed_lora_bwd(
+def run_backward(
     dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, scaling, activation, dropout_p, needs, impl
 ):
+    """The gradients of an implementation, None for what was not asked for."""
     _, backward = routed_lora_kernels(impl)
-    grads = backward(
+    return backward(
         dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, scaling=scaling, activation=activation,
         dropout_p=dropout_p, needs=needs,
     )  # fmt: skip
+
+
+def _routed_lora_bwd(dout, dload, x, *inputs):
+    grads = run_backward(dout, dload, x, *inputs)
     return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
@@ -74,7 +81,7 @@ def _routed_lora_bwd_fake(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx, inputs, output) -> None:
     x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling = inputs[:9]
     out, _, h, pi = output
     ctx.set_materialize_grads(False)
@@ -86,7 +93,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.return_load, ctx.impl = inputs[15:]
 
 
-def _autograd_backward(ctx, dout: Tensor | None, dload: Tensor | None, *_):
+def gradients(ctx, dout: Tensor | None, dload: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
+    """Of every input of the forward operator; backward is its backward operator, or what stands for it."""
     need_residual = ctx.needs_input_grad[5]
     needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]]
     if not ctx.return_load:
@@ -98,14 +106,17 @@ def _autograd_backward(ctx, dout: Tensor | None, dload: Tensor | None, *_):
         x, lora_a, lora_b, router, h, pi, expert_scale, seed = ctx.saved_tensors
         if dout is None:
             dout = h.new_zeros(1).expand(ctx.out_shape)
-        results = _below_autograd(
-            _backward_op, dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, *ctx.scalars, needs,
-            ctx.impl,
-        )  # fmt: skip
+        results = backward(
+            dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, *ctx.scalars, needs, ctx.impl
+        )
         dx, da, db, drouter, dweights, dscale = (g if need else None for g, need in zip(results, needs, strict=True))
         if dweights is not None:
             dweights = dweights.to(ctx.route_dtype)
     return dx, da, db, drouter, dweights, dresidual, dscale, *[None] * 10
+
+
+def _autograd_backward(ctx, dout, dload, _dh, _dpi):
+    return gradients(ctx, dout, dload, torch.ops.mtlora_kernels.routed_lora_bwd)
 
 
 def _no_double_backward(ctx, *grads):
@@ -115,41 +126,11 @@ def _no_double_backward(ctx, *grads):
 
 
 for _key in ("CPU", "CUDA"):
-    _lib.impl("routed_lora_fwd", _routed_lora_fwd, _key)
+    _lib.impl("routed_lora_fwd", run_forward, _key)
     _lib.impl("routed_lora_bwd", _routed_lora_bwd, _key)
 torch.library.register_fake("mtlora_kernels::routed_lora_fwd", _routed_lora_fwd_fake, lib=_lib)
 torch.library.register_fake("mtlora_kernels::routed_lora_bwd", _routed_lora_bwd_fake, lib=_lib)
 torch.library.register_autograd(
-    "mtlora_kernels::routed_lora_fwd", _autograd_backward, setup_context=_setup_context, lib=_lib
+    "mtlora_kernels::routed_lora_fwd", _autograd_backward, setup_context=setup_context, lib=_lib
 )
 torch.library.register_autograd("mtlora_kernels::routed_lora_bwd", _no_double_backward, lib=_lib)
-
-_forward_op = torch.ops.mtlora_kernels.routed_lora_fwd.default
-_backward_op = torch.ops.mtlora_kernels.routed_lora_bwd.default
-
-
-def _below_autograd(op, *inputs):
-    """op(*inputs); where nothing is recorded, without a visit to its autograd registration, which is in Python."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*inputs)
-
-
-class _RoutedLora(torch.autograd.Function):
-    """The registered formulas as a Function of their own: 60 us a call where torch.library's takes 140."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = _below_autograd(_forward_op, *inputs)
-        _setup_context(ctx, inputs, output)
-        return output[:2]
-
-    backward = staticmethod(_autograd_backward)
-
-
-def routed_lora(*inputs) -> tuple[Tensor, Tensor]:
-    """(out, load) of routed_lora_fwd, differentiable; compilers get the operator, whose formulas they trace."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _RoutedLora.apply(*inputs)
-    return _below_autograd(_forward_op, *inputs)[:2]
