@@ -66,7 +66,7 @@ def kernel_times(replay: Callable[[], None]) -> list[tuple[str, Timing]]:
     """Name and time of each kernel of one replay, in order of launch."""
     replay()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         for _ in range(REPLAYS):
             replay()
         torch.cuda.synchronize()
