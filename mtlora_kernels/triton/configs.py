@@ -27,6 +27,7 @@ class Tile:
 
 
 SMALL_BATCH = 1024  # tokens up to which 16-row tiles give more parallelism than 64-row tiles give reuse
+ROUTER_COLUMNS = 512  # padded router rows that fit in one tile's accumulators beside h
 PROGRAMS = 132  # multiprocessors of an H100 or H200
 
 # Times below: H200, bf16, T = 8192, d = 4096, r = 16, N = 16, G = 2, one kernel in a CUDA graph.
@@ -42,16 +43,6 @@ def project(tokens: int, columns: int, fp32: bool, direct: bool) -> Tile:
     if tokens <= SMALL_BATCH and direct:
         return Tile(16, columns, 128 if columns <= 128 else 64, 4, 4)
     return Tile(64, columns, 128 if columns <= 64 else 64, 4 if columns <= 128 else 8, 4 if columns <= 256 else 3)
-
-
-def router_columns(fp32: bool) -> int:
-    """Padded rows of the router that fit one tile's accumulators beside h; of more, half of it is a tile of logits."""
-    return 64 if fp32 else 512
-
-
-def softmax(columns: int) -> Tile:
-    """Logits in memory -> pi."""
-    return Tile(max(1, 2048 // columns), columns, 0, 4, 1)
 
 
 def expand(tokens: int, fp32: bool) -> Tile:

@@ -54,22 +54,14 @@ def _project_range(
     return acc_h, acc_l
 
 
-@triton.jit
-def _softmax(logits, m):
-    """Softmax over the last dim of [X, Y, experts] in fp32, masked by m [1, Y, experts], in the logits' dtype."""
-    v = tl.where(m, logits.to(tl.float32), float("-inf"))
-    e = tl.where(m, exp(v - tl.max(v, 2)[:, :, None]), 0.0)
-    return tl.math.div_rn(e, tl.broadcast_to(tree_sum(e)[:, :, None], e.shape)).to(logits.dtype)
-
-
 @triton.jit(do_not_specialize=["T", "threshold"])
 def _project_kernel(
     x_ptr, a_ptr, router_ptr, h_ptr, pi_ptr, seed_ptr, threshold, inverse_keep, T, stride_t, stride_d,
     D: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, N: tl.constexpr, NP: tl.constexpr, G: tl.constexpr,
-    GB: tl.constexpr, HAS_H: tl.constexpr, HAS_ROUTER: tl.constexpr, SOFTMAX: tl.constexpr, RELU: tl.constexpr,
-    DROPOUT: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+    GB: tl.constexpr, HAS_H: tl.constexpr, HAS_ROUTER: tl.constexpr, RELU: tl.constexpr, DROPOUT: tl.constexpr,
+    CHUNK: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BT tokens: h [BT, R], and pi (or without SOFTMAX the logits) [BT, GB, N] of GB groups."""
+    """One tile of BT tokens: h [BT, R], and pi [BT, GB, N] of GB groups."""
     E: tl.constexpr = h_ptr.dtype.element_ty
     o_t = tl.program_id(0) * BT + tl.arange(0, BT)
     o_c = tl.arange(0, GB * NP)
@@ -105,22 +97,13 @@ def _project_kernel(
         h_at = h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :]
         tl.store(h_at, acc_h.to(E), m_t & (o_r < R)[None, :])
     if HAS_ROUTER:
-        pi = acc_l.to(E)
-        if SOFTMAX:
-            pi = tl.reshape(_softmax(tl.reshape(pi, [BT, GB, NP]), tl.reshape(m_row, [1, GB, NP])), [BT, GB * NP])
+        logits = tl.where(m_row[None, :], acc_l.to(E).to(tl.float32), float("-inf"))
+        logits = tl.reshape(logits, [BT, GB, NP])
+        e = exp(logits - tl.max(logits, 2)[:, :, None])
+        e = tl.where(tl.reshape(m_row, [1, GB, NP]), e, 0.0)
+        pi = tl.math.div_rn(e, tl.broadcast_to(tree_sum(e)[:, :, None], [BT, GB, NP]))
         pi_at = pi_ptr + o_t.to(tl.int64)[:, None] * (G * N) + (i_g * N + o_c % NP)[None, :]
-        tl.store(pi_at, pi, m_t & m_row[None, :])
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _softmax_kernel(pi_ptr, rows, N: tl.constexpr, NP: tl.constexpr, BT: tl.constexpr):
-    """Logits [rows, N] to pi in place, BT rows."""
-    o_row = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
-    o_n = tl.arange(0, NP)
-    m = (o_row < rows)[:, None] & (o_n < N)[None, :]
-    at = pi_ptr + o_row[:, None] * N + o_n[None, :]
-    logits = tl.reshape(tl.load(at, m, other=0.0), [BT, 1, NP])
-    tl.store(at, tl.reshape(_softmax(logits, tl.reshape(o_n < N, [1, 1, NP])), [BT, NP]), m)
+        tl.store(pi_at, tl.reshape(pi, [BT, GB * NP]).to(E), m_t & m_row[None, :])
 
 
 @triton.jit
@@ -240,28 +223,25 @@ def _expert_sum_kernel(
 def _project_plan(
     tokens: int, d_in: int, strides: tuple[int, int], rank: int, experts: int, groups: int, fp32: bool, direct: bool,
     has_router: bool, relu: bool, dropout_p: float,
-) -> tuple[tuple[Launch, ...], Launch | None]:  # fmt: skip
-    """h and pi in one launch; or, where the router's rows do not fit one tile beside h, h, logits and their softmax."""
-    padded, columns = next_power_of_two(experts), configs.router_columns(fp32)
+) -> tuple[Launch, ...]:  # fmt: skip
+    """h and pi in one launch, or in two where the router's rows do not fit one tile beside h."""
+    padded = next_power_of_two(experts)
+    columns_cap = 64 if fp32 else configs.ROUTER_COLUMNS
+    one_tile = next_power_of_two(groups) * padded <= columns_cap
+    group_block = next_power_of_two(groups) if one_tile else max(1, columns_cap // 2 // padded)
+    group_block = max(group_block, 16 // padded)
 
-    def project(has_h: bool, has_router: bool, experts: int, groups: int, group_block: int) -> Launch:
-        padded = next_power_of_two(experts)
-        tile = configs.project(tokens, group_block * padded, fp32, direct)
+    def project(has_h: bool, has_router: bool) -> Launch:
+        tile = configs.project(tokens, group_block * padded if has_router else 16, fp32, direct)
+        grid = (ceil_div(tokens, tile.rows), ceil_div(groups, group_block) if has_router else 1, 1)
         return Launch(
-            _project_kernel, (ceil_div(tokens, tile.rows), ceil_div(groups, group_block), 1), tile, T=tokens,
-            stride_t=strides[0], stride_d=strides[1], D=d_in, R=rank, RP=max(16, next_power_of_two(rank)), N=experts,
-            NP=padded, G=groups, GB=group_block, HAS_H=has_h, HAS_ROUTER=has_router, SOFTMAX=has_h, RELU=relu,
+            _project_kernel, grid, tile, T=tokens, stride_t=strides[0], stride_d=strides[1], D=d_in, R=rank,
+            RP=max(16, next_power_of_two(rank)), N=experts, NP=padded if has_router else 16, G=groups,
+            GB=group_block if has_router else 1, HAS_H=has_h, HAS_ROUTER=has_router, RELU=relu,
             CHUNK=fp32_chunk(fp32), BT=tile.rows, BK=tile.depth, **dropout_arguments(dropout_p),
         )  # fmt: skip
 
-    if not has_router:
-        return (project(True, False, 16, 1, 1),), None
-    if padded * next_power_of_two(groups) <= columns:
-        return (project(True, True, experts, groups, max(next_power_of_two(groups), 16 // padded)),), None
-    tile, rows = configs.softmax(padded), tokens * groups
-    softmax = Launch(_softmax_kernel, (ceil_div(rows, tile.rows), 1, 1), tile, rows=rows, N=experts, NP=padded,
-                     BT=tile.rows)  # fmt: skip
-    return (project(True, False, 16, 1, 1), project(False, True, 1, groups * experts, columns // 2)), softmax
+    return (project(True, has_router),) if one_tile or not has_router else (project(True, False), project(False, True))
 
 
 @plan
@@ -326,14 +306,12 @@ def routed_lora_fwd(
     load = x.new_empty(0, dtype=torch.float32)
     with on_device(x):
         if tokens:
-            projections, softmax = _project_plan(
+            project = _project_plan(
                 tokens, d_in, x.stride(), rank, experts, num_groups, E is torch.float32,
                 x.dtype == E and dropout_p == 0, router is not None, activation == "relu", dropout_p,
             )  # fmt: skip
-            for launch in projections:
+            for launch in project:
                 launch(x, a, router, h, pi, seed)
-            if softmax is not None:
-                softmax(pi)
             mix = _mix_plan(
                 tokens, d_out, None if residual is None else residual.stride(), rank, experts, num_groups, E,
                 expert_scale is not None, scaling, numerics, accumulate_into_residual,
