@@ -226,13 +226,13 @@ def _project_plan(
 ) -> tuple[Launch, ...]:  # fmt: skip
     """h and pi in one launch, or in two where the router's rows do not fit one tile beside h."""
     padded = next_power_of_two(experts)
-    columns_cap = 64 if fp32 else configs.ROUTER_COLUMNS
+    columns_cap, columns_block = (64, 32) if fp32 else (configs.ROUTER_COLUMNS, configs.ROUTER_BLOCK)
     one_tile = next_power_of_two(groups) * padded <= columns_cap
-    group_block = next_power_of_two(groups) if one_tile else max(1, columns_cap // 2 // padded)
+    group_block = next_power_of_two(groups) if one_tile else max(1, columns_block // padded)
     group_block = max(group_block, 16 // padded)
 
     def project(has_h: bool, has_router: bool) -> Launch:
-        tile = configs.project(tokens, group_block * padded if has_router else 16, fp32, direct)
+        tile = configs.project(tokens, group_block * padded if has_router else 16, has_h, fp32, direct)
         grid = (ceil_div(tokens, tile.rows), ceil_div(groups, group_block) if has_router else 1, 1)
         return Launch(
             _project_kernel, grid, tile, T=tokens, stride_t=strides[0], stride_d=strides[1], D=d_in, R=rank,
@@ -257,15 +257,15 @@ def _mix_plan(
         "N": experts, "R": rank, "HAS_SCALE": has_scale, "HAS_RESIDUAL": strides is not None,
     }  # fmt: skip
     if numerics == "fp32" and uses_group_form(group_size):
-        tile = configs.expand(tokens, fp32)
+        experts_k = max(min(next_power_of_two(experts), 256 // rank_p), 16 // rank_p)
+        tile = configs.expand(tokens, group_size, experts <= experts_k, fp32)
         tiles_per_group, row_tiles = ceil_div(group_size, tile.columns), ceil_div(tokens, tile.rows)
         tiles = configs.expand_tiles(row_tiles, groups, tiles_per_group)
-        experts_k = max(min(next_power_of_two(experts), 256 // rank_p), 16 // rank_p)
         return Launch(
             _expand_kernel, (groups * tiles_per_group // tiles, row_tiles, 1), tile, tiles=tiles, RP=rank_p,
             EXPERTS=experts_k, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.columns, **common,
         )  # fmt: skip
-    tile = configs.expert_sum(tokens, fp32)
+    tile = configs.expert_sum(tokens, group_size, fp32)
     return Launch(
         _expert_sum_kernel, (ceil_div(d_out, tile.columns), ceil_div(tokens, tile.rows), 1), tile,
         RP=max(16, rank_p), EAGER=numerics == "eager", INTO_RESIDUAL=into_residual,
