@@ -15,9 +15,9 @@ _backward_op = torch.ops.mtlora_kernels.routed_lora_bwd.default
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _nobody_listens(tensors: tuple[Tensor | None, ...], device: Tensor) -> bool:
+def _nobody_listens(tensors: tuple[Tensor | None, ...], x: Tensor) -> bool:
     return (
-        (device.is_cuda or device.is_cpu)
+        (x.is_cuda or x.is_cpu)
         and all([type(t) in _PLAIN for t in tensors])
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._are_functorch_transforms_active()
