@@ -16,7 +16,8 @@ from torch.autograd import DeviceType
 from .registry import default_impls, routed_lora
 from .results import KERNEL_FIELDS, RESULTS, append, provenance
 from .shapes import make_inputs, shape_table, small_batch_table
-from .timing import Timing, captured, quantiles, time_call
+from .small_batch import captured
+from .timing import Timing, quantiles, time_call
 
 REPLAYS = 20
 WHOLE_GRAPH = "whole graph, cold cache"  # timed as `adapter` times a call, gaps between kernels included

@@ -98,20 +98,6 @@ def _host_us(call: Callable[[], object]) -> float:
     return (time.perf_counter_ns() - start) / 1e3
 
 
-def captured(call: Callable[[], object]) -> Callable[[], None]:
-    """Replay of one call() in a CUDA graph; warmed up on a side stream first, as capture requires."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay
-
-
 @cache
 def _flush_buffer(device: torch.device) -> Tensor:
     return torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)

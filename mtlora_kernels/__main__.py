@@ -15,7 +15,8 @@ import torch
 from . import __version__
 from .dispatch import IMPLS, available_impls
 from .testing.adapters import check_module
-from .testing.run import Row, run_checks
+from .testing.rows import Row
+from .testing.run import run_checks
 
 
 def devices_present() -> list[str]:

@@ -1,28 +1,103 @@
-"""Runs the list of checks, in this process or in several."""
+"""Which checks a device and an implementation get, and the loop that runs them."""
 
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 
 import torch
 
 from ..dispatch import available_impls
-from .listing import Check, checks_for
+from . import cases
+from .checks import against_float64, against_published, against_reference, batch_invariance, repeats, strided
+from .inputs import LAYOUTS, random_inputs
+from .lattice import lattice_inputs, rounding_inputs
+from .rows import Check, Row
+
+BF16, FP32 = torch.bfloat16, torch.float32
+FLOATS = (BF16, torch.float16, FP32)
+NUMERICS = ("fp32", "eager")
 
 
-@dataclass
-class Row:
-    """One check: mismatches is empty when every output and gradient agrees to the last bit."""
+def _random_checks(kind: str, quick: bool) -> Iterator[Check]:
+    """Every kernel against the reference."""
+    shapes = cases.CUDA_SHAPES if kind == "cuda" else cases.CPU_SHAPES
+    for index, (*shape, letters) in enumerate(shapes[:: 4 if quick else 1]):
+        for at, letter in enumerate(letters):
+            # One backward serves both numerics: on large shapes they take turns.
+            small = shape[0] * shape[2] < 2**16
+            for numerics in NUMERICS if small else (NUMERICS[(index + at) % 2],):
+                options = {"numerics": numerics}
+                yield Check("random", shape, cases.DTYPES[letter], options, random_inputs, against_reference)
+    for shape in cases.OPTION_SHAPES[kind]:
+        for index, given in enumerate(cases.OPTIONS):
+            for numerics in (given["numerics"],) if "numerics" in given else NUMERICS:
+                options = {"numerics": numerics} | given
+                fixed = options.pop("dtype", None)
+                dtypes = (BF16,) if quick else (BF16, FLOATS[1 + index % 2]) if kind == "cuda" else FLOATS
+                for dtype in (fixed,) if fixed else dtypes:
+                    yield Check("options", shape, dtype, options, random_inputs, against_reference)
+    for shape in cases.LAYOUT_SHAPES[kind]:
+        for layout in LAYOUTS:
+            for dtype in (BF16,) if quick or kind == "cuda" else (BF16, FP32):
+                run, note = partial(strided, layout=layout), {"layout": layout}
+                yield Check("strided", shape, dtype, {"expert_scale": True}, random_inputs, run, note)
 
-    device: str
-    impl: str
-    kind: str
-    case: str
-    mismatches: list[str]
-    seconds: float
+
+def _self_checks(kind: str, quick: bool) -> Iterator[Check]:
+    """One implementation against itself: repeated, and with fewer tokens in the call."""
+    sizes = cases.BATCH_SIZES[kind]
+    for dtype in (BF16,) if quick else (BF16, FP32):
+        for shape in cases.REPEAT_SHAPES[kind]:
+            yield Check("repeat", shape, dtype, {"load": True}, random_inputs, repeats)
+        for shape in cases.BATCH_SHAPES[kind]:
+            for numerics in NUMERICS:
+                run = partial(batch_invariance, sizes=sizes)
+                yield Check("batch", (max(sizes), *shape), dtype, {"numerics": numerics}, random_inputs, run)
+
+
+def _in_turn(options: Sequence[dict], dtypes: Sequence[torch.dtype], full: int) -> Iterator[tuple]:
+    """(options, dtype): every dtype for the first `full` options, one in turn for each of the others."""
+    for index, given in enumerate(options):
+        for dtype in dtypes if index < full else (dtypes[index % len(dtypes)],):
+            yield given, dtype
+
+
+def _lattice_checks(kind: str, quick: bool, dtypes: Sequence[torch.dtype] = FLOATS) -> Iterator[Check]:
+    """Exact inputs against float64 and the published layers; their arithmetic need not be this device's."""
+    for shape in cases.LATTICE_SHAPES[kind][:: 3 if quick else 1]:
+        for options, dtype in _in_turn(cases.LATTICE_OPTIONS, dtypes, full=2):
+            yield Check("lattice", shape, dtype, options, lattice_inputs, against_float64)
+        if (shape[0] * shape[5]).bit_count() == 1:
+            yield Check("lattice", shape, dtypes[0], {"load": True}, lattice_inputs, against_float64)
+    for shape in cases.PUBLISHED_SHAPES[kind][:: 3 if quick else 1]:
+        for given, dtype in _in_turn(cases.PUBLISHED_OPTIONS, dtypes, full=1 if kind == "cuda" else 3):
+            options, forward = {"numerics": "eager"} | given, partial(against_published, gradients=False)
+            yield Check("published", shape, dtype, options, lattice_inputs, against_published)
+            yield Check("rounding", shape, dtype, options, rounding_inputs, forward)
+
+
+def _published_random_checks(quick: bool) -> Iterator[Check]:
+    for shape in cases.PUBLISHED_RANDOM_SHAPES[:: 3 if quick else 1]:
+        for dtype in FLOATS[:2]:
+            run = partial(against_published, gradients=False)
+            yield Check("published", shape, dtype, {"numerics": "eager"}, random_inputs, run, {"inputs": "random"})
+
+
+def checks_for(impl: str, device: torch.device, quick: bool) -> Iterator[Check]:
+    kind = device.type
+    if impl == "triton" and kind == "cpu":
+        # The interpreter follows CUDA's arithmetic, not this device's, and computes bf16 products wrongly.
+        yield from _lattice_checks(kind, quick, FLOATS[1:])
+        return
+    yield from _lattice_checks(kind, quick)
+    if kind == "cuda":
+        yield from _published_random_checks(quick)
+    if impl != "reference":
+        yield from _random_checks(kind, quick)
+        yield from _self_checks(kind, quick)
 
 
 def _run_check(task: tuple[str, str, Check]) -> Row:
