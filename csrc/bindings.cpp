@@ -5,6 +5,10 @@
 
 #include "common/routed_lora.h"
 #include "cpu/dispatch.h"
+#ifdef MTLORA_CUDA
+#include "cuda/routed_lora.h"
+#include "cuda/sum_rows.h"
+#endif
 
 namespace py = pybind11;
 using namespace mtlora;
@@ -76,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("drop_threshold", &RoutedLora::drop_threshold)
         .def_property("seed", nullptr, [](RoutedLora& p, uintptr_t a) { p.seed = pointer<const int64_t>(a); })
         .def_readwrite("threads", &RoutedLora::threads)
+        .def_property("stream", nullptr, [](RoutedLora& p, uintptr_t a) { p.stream = pointer<void>(a); })
         .def_readwrite("x", &RoutedLora::x)
         .def_readwrite("lora_a", &RoutedLora::lora_a)
         .def_readwrite("lora_b", &RoutedLora::lora_b)
@@ -87,9 +92,11 @@ PYBIND11_MODULE(_C, m) {
         .def(py::init([] { return RoutedLoraFwd{}; }))
         .def_readwrite("eager", &RoutedLoraFwd::eager)
         .def_readwrite("accumulate_into_residual", &RoutedLoraFwd::accumulate_into_residual)
+        .def_readwrite("scaling_exact", &RoutedLoraFwd::scaling_exact)
         .def_readwrite("residual", &RoutedLoraFwd::residual)
         .def_readwrite("out", &RoutedLoraFwd::out)
-        .def_readwrite("load", &RoutedLoraFwd::load);
+        .def_readwrite("load", &RoutedLoraFwd::load)
+        .def_property("workspace", nullptr, [](RoutedLoraFwd& p, uintptr_t a) { p.workspace = pointer<float>(a); });
     py::class_<RoutedLoraBwd, RoutedLora>(m, "RoutedLoraBwd")
         .def(py::init([] { return RoutedLoraBwd{}; }))
         .def_readwrite("dout", &RoutedLoraBwd::dout)
@@ -105,4 +112,8 @@ PYBIND11_MODULE(_C, m) {
 
     m.def("routed_lora_fwd_cpu", &cpu::routed_lora_fwd, py::call_guard<py::gil_scoped_release>());
     m.def("routed_lora_bwd_cpu", &cpu::routed_lora_bwd, py::call_guard<py::gil_scoped_release>());
+#ifdef MTLORA_CUDA
+    m.def("routed_lora_fwd_cuda", &cuda::routed_lora_fwd);
+    m.def("sum_rows_workspace", &cuda::sum_rows_workspace);
+#endif
 }

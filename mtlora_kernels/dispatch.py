@@ -3,34 +3,109 @@
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
+from .reference.routed_lora import GROUP_FORM_MIN_SIZE
+
+
+class Call(NamedTuple):
+    """What limits may look at: dtypes and sizes, never values or addresses."""
+
+    compute_dtype: torch.dtype
+    x_dtype: torch.dtype
+    out_dtype: torch.dtype
+    d_in: int
+    d_out: int
+    rank: int
+    experts: int
+    groups: int
+    eager: bool
+    dropout: bool
+
+
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
-# name -> (device type, compute dtypes, module with routed_lora_fwd, module with routed_lora_bwd), fastest first
+
+def _no_float64(call: Call) -> str | None:
+    return None if call.compute_dtype in LOW_PRECISION else f"compute_dtype is {call.compute_dtype}"
+
+
+def _hopper_limits(call: Call) -> str | None:
+    """What csrc/cuda does not specialise: the first such property of the call, as a phrase."""
+    size = call.d_out // call.groups
+    ranks = (16, 32, 64) if call.eager else (8, 16, 32, 64)
+    rules = (
+        (call.compute_dtype in (torch.bfloat16, torch.float16), f"compute_dtype is {call.compute_dtype}"),
+        (call.x_dtype == call.compute_dtype, f"x has dtype {call.x_dtype} besides compute_dtype {call.compute_dtype}"),
+        (call.out_dtype == call.compute_dtype, f"out has dtype {call.out_dtype}"),
+        (call.rank in ranks, f"the rank is {call.rank}, not one of {ranks}"),
+        (call.experts <= 32, f"there are {call.experts} experts, more than 32"),
+        (call.d_in % 8 == 0, f"d_in is {call.d_in}, not a multiple of 8"),
+        (size % 8 == 0 and size >= GROUP_FORM_MIN_SIZE, f"a group has {size} outputs, not 16, 24, 32, ..."),
+        (not call.dropout, "dropout_p is not 0"),
+    )
+    return next((reason for holds, reason in rules if not holds), None)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """forward and backward name modules; limits gives the reason why a call is not served, or None."""
+
+    device_type: str | None
+    forward: str
+    backward: str
+    limits: Callable[[Call], str | None]
+
+
+# fastest first
 _TABLE = {
-    "cpu": ("cpu", LOW_PRECISION, "native.cpu", "native.cpu"),
-    "triton": ("cuda", LOW_PRECISION, "triton.routed_lora_fwd", "triton.routed_lora_bwd"),
-    "reference": (None, (*LOW_PRECISION, torch.float64), "reference.routed_lora", "reference.routed_lora_bwd"),
+    "cpu": Impl("cpu", "native.cpu", "native.cpu", _no_float64),
+    "cuda": Impl("cuda", "native.cuda", "triton.routed_lora_bwd", _hopper_limits),
+    "triton": Impl("cuda", "triton.routed_lora_fwd", "triton.routed_lora_bwd", _no_float64),
+    "reference": Impl(None, "reference.routed_lora", "reference.routed_lora_bwd", lambda call: None),
 }
 IMPLS = tuple(_TABLE)
 
 
+class UnsupportedCall(ValueError):
+    """impl names an implementation that does not serve calls of this dtype or these sizes."""
+
+
+def _has_extension(cuda: bool) -> bool:
+    if importlib.util.find_spec("mtlora_kernels._C") is None:
+        return False
+    return not cuda or _module("_C").build_info()["cuda"] is not None
+
+
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"mtlora_kernels.{name}")
+
+
 _BUILT = {
-    "cpu": importlib.util.find_spec("mtlora_kernels._C") is not None,
+    "cpu": _has_extension(cuda=False),
+    "cuda": torch.version.cuda is not None and _has_extension(cuda=True),
     "triton": importlib.util.find_spec("triton") is not None,
     "reference": True,
 }
 
 
-def _runs_on(impl: str, device_type: str) -> bool:
-    wanted = _TABLE[impl][0]
-    if impl == "triton" and device_type == "cpu":
+@torch.compiler.assume_constant_result
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _runs_on(impl: str, device: torch.device) -> bool:
+    wanted = _TABLE[impl].device_type
+    if impl == "triton" and device.type == "cpu":
         return os.environ.get("TRITON_INTERPRET") == "1"
-    return wanted is None or wanted == device_type
+    return wanted is None or (wanted == device.type and (impl != "cuda" or _is_hopper(device)))
 
 
 def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -39,31 +114,44 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
     >>> available_impls("cpu")
     ('reference', 'cpu')
     """
-    kind = torch.device(device).type
-    return tuple(impl for impl in reversed(IMPLS) if _runs_on(impl, kind) and _BUILT[impl])
+    device = torch.device(device)
+    return tuple(impl for impl in reversed(IMPLS) if _BUILT[impl] and _runs_on(impl, device))
 
 
-def resolve(impl: str | None, device: torch.device, compute_dtype: torch.dtype) -> str:
+def resolve(impl: str | None, device: torch.device, call: Call) -> str:
     """The implementation of this call. None: the fastest that supports it; a name: that one or ValueError."""
-    kind = device.type
+    if torch.compiler.is_compiling():
+        return _resolve(impl, device, call)
+    try:
+        return _resolve_once(impl, device, call)
+    except TypeError:  # a tracer's symbolic size has no hash
+        return _resolve(impl, device, call)
+
+
+def _resolve(impl: str | None, device: torch.device, call: Call) -> str:
+    available = available_impls(device)
     if impl is None:
         # A CPU tensor reaches Triton's interpreter, a test tool, by name only: its own device type is "cuda".
-        return next(i for i in IMPLS if _BUILT[i] and compute_dtype in _TABLE[i][1] and _TABLE[i][0] in (None, kind))
+        return next(
+            name
+            for name, row in _TABLE.items()
+            if name in available and row.device_type in (None, device.type) and row.limits(call) is None
+        )
     if impl not in IMPLS:
         raise ValueError(f"impl is {impl!r}, it must be None or one of {IMPLS}")
-    if not (_BUILT[impl] and _runs_on(impl, kind)):
-        raise ValueError(f"impl is {impl!r}, it must be one of {available_impls(device)} for tensors on {device}")
-    if compute_dtype not in _TABLE[impl][1]:
-        raise ValueError(f"impl is {impl!r}, it must be 'reference' for compute_dtype {compute_dtype}")
+    if impl not in available:
+        raise ValueError(f"impl is {impl!r}, it must be one of {available} for tensors on {device}")
+    reason = _TABLE[impl].limits(call)
+    if reason is not None:
+        raise UnsupportedCall(f"impl is {impl!r}, it must be None or another one for this call: {reason}")
     return impl
 
 
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"mtlora_kernels.{name}")
+_resolve_once = cache(_resolve)
 
 
 @cache
 def routed_lora_kernels(impl: str):
     """(forward, backward) of an implementation; its module is imported on first use."""
-    _, _, forward, backward = _TABLE[impl]
-    return _module(forward).routed_lora_fwd, _module(backward).routed_lora_bwd
+    row = _TABLE[impl]
+    return _module(row.forward).routed_lora_fwd, _module(row.backward).routed_lora_bwd

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .dispatch import resolve
+from .dispatch import Call, resolve
+from .reference.routed_lora import output_dtype
 from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
 
 
@@ -90,7 +91,19 @@ def routed_lora(
         compute_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
-    leading, d_out, flat = x.shape[:-1], b.shape[1], x.dim() == 2
+    leading, (experts, d_out, rank), flat = x.shape[:-1], b.shape, x.dim() == 2
+    call = Call(
+        compute_dtype=compute_dtype,
+        x_dtype=x.dtype,
+        out_dtype=output_dtype(residual, compute_dtype),
+        d_in=x.shape[-1],
+        d_out=d_out,
+        rank=rank,
+        experts=experts,
+        groups=num_groups,
+        eager=numerics == "eager",
+        dropout=dropout_p > 0,
+    )
     out, load = eager.routed_lora(
         x if flat else x.reshape(-1, x.shape[-1]),
         lora_a,
@@ -108,7 +121,7 @@ def routed_lora(
         compute_dtype,
         accumulate_into_residual,
         return_load,
-        resolve(impl, x.device, compute_dtype),
+        resolve(impl, x.device, call),
     )
     out = out if flat else out.view(*leading, d_out)
     return (out, load) if return_load else out

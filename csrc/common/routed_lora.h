@@ -29,6 +29,7 @@ struct RoutedLora {
     const int64_t* seed;
 
     int32_t threads;  // CPU only
+    void* stream;     // CUDA only
 
     View x;             // [tokens, d_in]
     View lora_a;        // [rank, d_in]
@@ -43,9 +44,11 @@ struct RoutedLora {
 struct RoutedLoraFwd : RoutedLora {
     bool eager;
     bool accumulate_into_residual;
+    bool scaling_exact;  // scaling is a value of the compute dtype; CUDA only
     View residual;  // [tokens, d_out] or absent
     View out;       // contiguous [tokens, d_out]
     View load;      // contiguous float [experts], absent when not asked for
+    float* workspace;  // partial sums of load; CUDA only
 };
 
 // Gradients that are absent are not computed. Those present are contiguous.

@@ -6,38 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..reference.routed_lora import inverse_count, output_dtype, uses_group_form
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/routed_lora.h
-_ABSENT = _C.View(0, 0, ())
-
-
-def _view(tensor: Tensor | None) -> _C.View:
-    if tensor is None:
-        return _ABSENT
-    return _C.View(tensor.data_ptr(), _DTYPE_CODES[tensor.dtype], tensor.stride())
-
-
-def _set(params: _C.RoutedLora, **fields) -> None:
-    for name, value in fields.items():
-        setattr(params, name, _view(value) if value is None or isinstance(value, Tensor) else value)
-
-
-def _set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p) -> None:
-    """What forward and backward share; the tensors must outlive the call."""
-    tokens, num_groups, experts = pi.shape
-    _set(
-        params, tokens=tokens, d_in=x.shape[1], d_out=lora_b.shape[1], rank=lora_b.shape[2], experts=experts,
-        groups=num_groups, compute_dtype=_DTYPE_CODES[h.dtype], scaling=scaling, relu=activation == "relu",
-        group_form=uses_group_form(lora_b.shape[1] // num_groups), inverse_count=inverse_count(tokens, num_groups),
-        threads=torch.get_num_threads(),
-        x=x, lora_a=lora_a, lora_b=lora_b, router=router, expert_scale=expert_scale, h=h, pi=pi,
-    )  # fmt: skip
-    if dropout_p > 0:
-        _set(
-            params, dropout=True, keep_scale=1 / (1 - dropout_p), drop_threshold=int(dropout_p * 2**32),
-            seed=seed.data_ptr(),
-        )  # fmt: skip
+from ..reference.routed_lora import output_dtype
+from .params import set_common, set_fields
 
 
 def routed_lora_fwd(
@@ -71,11 +41,11 @@ def routed_lora_fwd(
         pi.fill_(1)
 
     params = _C.RoutedLoraFwd()
-    _set_common(params, x, lora_a, lora_b, None if route_weights is not None else router, expert_scale, seed, h, pi,
+    set_common(params, x, lora_a, lora_b, None if route_weights is not None else router, expert_scale, seed, h, pi,
                 scaling, activation, dropout_p)  # fmt: skip
     eager = numerics == "eager"  # "fp32" rounds once, so where its sum starts makes no difference
-    _set(
-        params, eager=eager, accumulate_into_residual=eager and accumulate_into_residual, residual=residual, out=out,
+    set_fields(
+        params, threads=torch.get_num_threads(), eager=eager, accumulate_into_residual=eager and accumulate_into_residual, residual=residual, out=out,
         load=load if return_load else None,
     )  # fmt: skip
     _C.routed_lora_fwd_cpu(params)
@@ -126,9 +96,9 @@ def routed_lora_bwd(
         dh = torch.empty(tokens, h.shape[1]) if need_x or need_a else None
         dload = None if dload is None else dload.to(torch.float32).contiguous()
         params = _C.RoutedLoraBwd()
-        _set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p)
-        _set(
-            params, dout=dout, dload=dload, dx=dx,
+        set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p)
+        set_fields(
+            params, threads=torch.get_num_threads(), dout=dout, dload=dload, dx=dx,
             dlora_a=da, dlora_b=db, drouter=dr, dpi=dpi, dexpert_scale=ds,
             dlogits=0 if dlogits is None else dlogits.data_ptr(), dh=0 if dh is None else dh.data_ptr(),
         )  # fmt: skip

@@ -9,7 +9,7 @@ from multiprocessing import get_context
 
 import torch
 
-from ..dispatch import available_impls
+from ..dispatch import UnsupportedCall, available_impls
 from . import cases
 from .checks import against_float64, against_published, against_reference, batch_invariance, repeats, strided
 from .inputs import LAYOUTS, random_inputs
@@ -100,12 +100,14 @@ def checks_for(impl: str, device: torch.device, quick: bool) -> Iterator[Check]:
         yield from _self_checks(kind, quick)
 
 
-def _run_check(task: tuple[str, str, Check]) -> Row:
-    """An exception is a mismatch."""
+def _run_check(task: tuple[str, str, Check]) -> Row | None:
+    """An exception is a mismatch; None if the implementation does not serve the call."""
     device, impl, check = task
     start = time.perf_counter()
     try:
         mismatches = check.run(impl, check.make(*check.shape, dtype=check.dtype, device=device, **check.options))
+    except UnsupportedCall:
+        return None
     except Exception as error:
         mismatches = [f"{type(error).__name__}: {error}"]
     if torch.cuda.is_initialized():
@@ -130,8 +132,8 @@ def run_checks(
     ]
     rows = []
 
-    def collect(results: Iterator[Row]) -> None:
-        for row in results:
+    def collect(results: Iterator[Row | None]) -> None:
+        for row in filter(None, results):
             rows.append(row)
             progress(row)
 

@@ -1,0 +1,55 @@
+// Host side of a launch: checked errors, tensor maps, shared memory and dependent launches.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+#include <initializer_list>
+
+#include "common/routed_lora.h"
+
+namespace mtlora::cuda {
+
+constexpr int kMaxSharedBytes = 227 * 1024;  // of a block on Hopper
+
+// Throws std::runtime_error with the kernel's name and what CUDA says.
+void check(cudaError_t status, const char* kernel);
+
+int current_device();
+int multiprocessors();
+
+// A tiled view of `data` (bf16 or f16): sizes and box in elements from the innermost dimension, which is contiguous;
+// strides in elements, of the other dimensions. swizzle follows the bytes of a row of the box (128 at most).
+struct Dimension {
+    int64_t size, stride;
+    int box;
+};
+CUtensorMap tensor_map(const void* data, DType dtype, std::initializer_list<Dimension> dimensions);
+
+// One kernel with one parameter struct. `dependent` lets it start while the kernel before it in the stream still
+// runs, once that has called launch_dependents.
+template <auto kernel, class Params>
+void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* stream, bool dependent,
+            const Params& params) {
+    static std::atomic<uint64_t> prepared{0};  // a bit per device
+    const uint64_t device = uint64_t(1) << (current_device() & 63);
+    if (!(prepared.load(std::memory_order_relaxed) & device)) {
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes), name);
+        prepared.fetch_or(device, std::memory_order_relaxed);
+    }
+    cudaLaunchAttribute attribute;
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = size_t(shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = dependent ? 1 : 0;
+    check(cudaLaunchKernelEx(&config, kernel, params), name);
+}
+
+}  // namespace mtlora::cuda

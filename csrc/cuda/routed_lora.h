@@ -1,0 +1,27 @@
+// `routed_lora` on Hopper: the host entry points and what their files share.
+#pragma once
+
+#include <cstdint>
+
+#include "common/routed_lora.h"
+
+namespace mtlora::cuda {
+
+// What these kernels take is decided in mtlora_kernels/dispatch.py; they trust it.
+void routed_lora_fwd(const RoutedLoraFwd& f);
+
+void project(const RoutedLoraFwd& f);  // h and pi
+void expand(const RoutedLoraFwd& f);   // out, from h and pi
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
+// Router rows of one group in a tile: a power of two, 8 at least (the narrowest wgmma).
+inline int padded_experts(int experts) {
+    int padded = 8;
+    while (padded < experts) padded *= 2;
+    return padded;
+}
+
+}  // namespace mtlora::cuda

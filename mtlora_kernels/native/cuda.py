@@ -1,0 +1,71 @@
+"""`routed_lora` on the Hopper kernels of `_C`; same arguments and results as the reference with Cuda arithmetic."""
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from ..reference.routed_lora import output_dtype
+from .params import set_common, set_fields
+
+
+def copyable(t: Tensor | None) -> Tensor | None:
+    """t itself, or a contiguous copy where the copy engine cannot address its rows (16-byte pitch and start)."""
+    if t is None or (t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0):
+        return t
+    return t.contiguous() if not t.is_contiguous() or t.data_ptr() % 16 == 0 else t.clone()
+
+
+@cache
+def representable(value: float, dtype: torch.dtype) -> bool:
+    return torch.tensor(value, dtype=dtype).item() == value
+
+
+def routed_lora_fwd(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    router: Tensor | None,
+    route_weights: Tensor | None,
+    residual: Tensor | None,
+    expert_scale: Tensor | None,
+    seed: Tensor | None,
+    *,
+    scaling: float,
+    num_groups: int,
+    numerics: str,
+    activation: str | None,
+    dropout_p: float,
+    compute_dtype: torch.dtype,
+    accumulate_into_residual: bool,
+    return_load: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
+    E, tokens, (experts, d_out, rank) = compute_dtype, x.shape[0], lora_b.shape
+    x, residual = copyable(x), copyable(residual)
+    a, b, r = (None if w is None else w.to(E).contiguous() for w in (lora_a, lora_b, router))
+    scale = None if expert_scale is None else expert_scale.to(E).contiguous()
+    out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, E))
+    h = x.new_empty(tokens, rank)
+    if route_weights is not None:
+        pi = route_weights.to(E, copy=True, memory_format=torch.contiguous_format)
+    else:
+        pi = (x.new_ones if router is None else x.new_empty)(tokens, num_groups, experts)
+    load = x.new_empty(experts if return_load else 0, dtype=torch.float32)
+    if tokens == 0:
+        return out, load.fill_(float("nan")), h, pi
+
+    params = _C.RoutedLoraFwd()
+    set_common(params, x, a, b, r, scale, seed, h, pi, scaling, activation, dropout_p)
+    eager = numerics == "eager"
+    set_fields(
+        params, stream=torch.cuda.current_stream(x.device).cuda_stream, eager=eager,
+        accumulate_into_residual=eager and accumulate_into_residual, scaling_exact=representable(scaling, E),
+        residual=residual, out=out,
+    )  # fmt: skip
+    if return_load:
+        workspace = load.new_empty(_C.sum_rows_workspace(tokens * num_groups, experts))
+        set_fields(params, load=load, workspace=workspace.data_ptr())
+    _C.routed_lora_fwd_cuda(params)
+    return out, load, h, pi
