@@ -31,6 +31,10 @@ TRAIN_FIELDS = (
     *PROVENANCE, "impl", "steps", "p20_us", "p50_us", "p80_us", "loss_first", "loss_last",
     "mean_accuracy", "accuracy",
 )  # fmt: skip
+MODEL_FIELDS = (
+    *PROVENANCE, "model", "tokens", "dtype", "placement", "rank", "experts", "groups", "contender",
+    "impl", "measure", "p20_us", "p50_us", "p80_us", "over_base", "peak_gb", "loss", "note",
+)  # fmt: skip
 LOSS_FIELDS = (*PROVENANCE, "impl", "step", "loss")
 
 

@@ -10,11 +10,13 @@ from multiprocessing import get_context
 import torch
 
 from ..dispatch import UnsupportedCall, available_impls
+from ..spectral_dispatch import available_spectral_impls
 from . import cases
 from .checks import against_float64, against_published, against_reference, batch_invariance, repeats, strided
 from .inputs import LAYOUTS, random_inputs
 from .lattice import lattice_inputs, rounding_inputs
 from .rows import Check, Row
+from .spectral_run import spectral_checks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FLOATS = (BF16, torch.float16, FP32)
@@ -105,7 +107,8 @@ def _run_check(task: tuple[str, str, Check]) -> Row | None:
     device, impl, check = task
     start = time.perf_counter()
     try:
-        mismatches = check.run(impl, check.make(*check.shape, dtype=check.dtype, device=device, **check.options))
+        inputs = check.make(*check.shape, dtype=check.dtype, device=torch.device(device), **check.options)
+        mismatches = check.run(impl, inputs)
     except UnsupportedCall:
         return None
     except Exception as error:
@@ -123,12 +126,14 @@ def run_checks(
 
     With jobs > 1 that many fresh processes share the list: most of a first check on a GPU is compiling.
     """
+    suites = ((available_impls, checks_for), (available_spectral_impls, spectral_checks))
     tasks = [
         (device, impl, check)
         for device in devices
-        for impl in available_impls(device)
+        for available, checks in suites
+        for impl in available(device)
         if impls is None or impl in impls
-        for check in checks_for(impl, torch.device(device), quick)
+        for check in checks(impl, torch.device(device), quick)
     ]
     rows = []
 
