@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from .reference.routed_lora import GROUP_FORM_MIN_SIZE
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What limits may look at: dtypes and sizes, never values or addresses."""
 
     compute_dtype: torch.dtype
@@ -120,6 +120,15 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 def resolve(impl: str | None, device: torch.device, call: Call) -> str:
     """The implementation of this call. None: the fastest that supports it; a name: that one or ValueError."""
+    if torch.compiler.is_compiling():
+        return _resolve(impl, device, call)
+    try:
+        return _resolve_once(impl, device, call)
+    except TypeError:  # a tracer's symbolic size has no hash
+        return _resolve(impl, device, call)
+
+
+def _resolve(impl: str | None, device: torch.device, call: Call) -> str:
     available = available_impls(device)
     if impl is None:
         # A CPU tensor reaches Triton's interpreter, a test tool, by name only: its own device type is "cuda".
@@ -136,6 +145,9 @@ def resolve(impl: str | None, device: torch.device, call: Call) -> str:
     if reason is not None:
         raise UnsupportedCall(f"impl is {impl!r}, it must be None or another one for this call: {reason}")
     return impl
+
+
+_resolve_once = cache(_resolve)
 
 
 @cache

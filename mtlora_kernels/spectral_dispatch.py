@@ -1,5 +1,6 @@
 """Which implementation serves a spectral call; see `dispatch.py`."""
 
+import re
 from functools import cache
 from types import ModuleType
 
@@ -14,7 +15,26 @@ _TABLE = {
     "reference": (None, "reference.rsvd", "reference.spectral"),
 }
 SPECTRAL_IMPLS = tuple(_TABLE)
-_SPECTRAL_BUILT = _BUILT | {"cuda": _BUILT["cuda"] and hasattr(_module("_C"), "batched_rsvd_cuda")}
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _has_image(device: torch.device) -> bool:
+    """Whether the CUDA kernels, which run from compute capability 8.0, were compiled for this device."""
+    if not _BUILT["cuda"] or not torch.cuda.is_available():
+        return False
+    major, minor = torch.cuda.get_device_capability(device)
+    for architecture in _module("_C").build_info()["cuda_architectures"]:  # 80, 90a, 86-real, ...
+        number, suffix = re.fullmatch(r"(\d+)(.*)", architecture).groups()
+        newer = suffix in ("", "-virtual") and int(number) < 10 * major + minor
+        if newer or int(number) == 10 * major + minor:
+            return True
+    return False
+
+
+def _runs_on(impl: str, device: torch.device) -> bool:
+    wanted = _TABLE[impl][0]
+    return wanted is None or (wanted == device.type and (impl != "cuda" or _has_image(device)))
 
 
 def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
@@ -23,8 +43,8 @@ def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, .
     >>> available_spectral_impls("cpu")
     ('reference', 'cpu')
     """
-    kind = torch.device(device).type
-    return tuple(i for i in reversed(SPECTRAL_IMPLS) if _SPECTRAL_BUILT[i] and _TABLE[i][0] in (None, kind))
+    device = torch.device(device)
+    return tuple(impl for impl in reversed(SPECTRAL_IMPLS) if _BUILT[impl] and _runs_on(impl, device))
 
 
 def resolve_spectral(impl: str | None, device: torch.device) -> str:

@@ -12,8 +12,10 @@ struct Rsvd {
     int64_t sketch;  // rank <= sketch <= min(cols, 64); the decomposition is exact when sketch = cols
     int64_t power_iterations;
     uint64_t seed;
-    int32_t threads;  // CPU only
-    View matrices;    // [batch, rows, cols]
+    int32_t threads;    // CPU only
+    void* stream;       // CUDA only
+    double* workspace;  // CUDA only
+    View matrices;      // [batch, rows, cols]
     float* u;         // [batch, rows, rank]
     float* s;         // [batch, rank]
     float* v;         // [batch, cols, rank]
@@ -24,6 +26,8 @@ struct Spectral {
     int64_t layers, experts, rows, rank;
     bool pairwise;    // else the published Gram form
     int32_t threads;  // CPU only
+    void* stream;     // CUDA only, as the workspace
+    double* workspace;
     View lora_b;
     float* weights;  // pairwise: M [layers * experts, rank, rank]; gram: w [layers * experts, rank]
 };
@@ -41,6 +45,11 @@ struct SpectralPenaltyFwd : Spectral {
 struct SpectralPenaltyBwd : SpectralPenaltyFwd {
     const float* dloss;
     void* dlora_b;  // dtype of lora_b, [layers * experts, rows, rank]
+    // CUDA only, pairwise, around the library's product of x and scaled_k:
+    float* k;              // K, shape of c
+    void* scaled_k;        // dtype of lora_b, shape of c
+    float* up;             // [layers]: undoes the scaling
+    const float* product;  // [layers, rows, experts * rank]
 };
 
 }  // namespace mtlora

@@ -15,6 +15,12 @@ __device__ inline uint32_t smem_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
 
+// Lane 0's value in every lane. Tells the compiler that what follows from it is the same across the warp: descriptors
+// then stay in uniform registers, where wgmma takes them; moving them there costs more than a small wgmma.
+__device__ inline int uniform(int v) {
+    return __shfl_sync(~0u, v, 0);
+}
+
 // ---- mbarriers ----
 
 __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -68,7 +74,7 @@ __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
         "r"(rank)
         : "memory");
 }
@@ -180,6 +186,11 @@ __device__ inline uint32_t swizzled(uint32_t offset) {
 __device__ inline uint64_t smem_descriptor(const void* tile, uint32_t leading, uint32_t stride, Swizzle swizzle) {
     return uint64_t((smem_address(tile) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
            uint64_t(swizzle) << 62;
+}
+
+// The operand that starts `bytes` further on: an addition to the low word alone.
+__device__ inline uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & 0xffffffff00000000) | uint32_t(uint32_t(descriptor) + (bytes >> 4));
 }
 
 __device__ inline void wgmma_fence() {
