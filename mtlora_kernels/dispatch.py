@@ -95,10 +95,11 @@ _BUILT = {
 }
 
 
-@torch.compiler.assume_constant_result
-@cache
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+    if not torch.cuda.is_available():
+        return False
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes as a constant
+    return (properties.major, properties.minor) == (9, 0)
 
 
 def _runs_on(impl: str, device: torch.device) -> bool:
@@ -143,7 +144,8 @@ def _resolve(impl: str | None, device: torch.device, call: Call) -> str:
         raise ValueError(f"impl is {impl!r}, it must be one of {available} for tensors on {device}")
     reason = _TABLE[impl].limits(call)
     if reason is not None:
-        raise UnsupportedCall(f"impl is {impl!r}, it must be None or another one for this call: {reason}")
+        serving = tuple(name for name in available if _TABLE[name].limits(call) is None)
+        raise UnsupportedCall(f"impl is {impl!r}, it must be None or one of {serving} for this call: {reason}")
     return impl
 
 

@@ -45,10 +45,10 @@ struct RoutedLoraFwd : RoutedLora {
     bool eager;
     bool accumulate_into_residual;
     bool scaling_exact;  // scaling is a value of the compute dtype; CUDA only
-    View residual;  // [tokens, d_out] or absent
-    View out;       // contiguous [tokens, d_out]
-    View load;      // contiguous float [experts], absent when not asked for
-    float* workspace;  // partial sums of load; CUDA only
+    View residual;       // [tokens, d_out] or absent
+    View out;            // contiguous [tokens, d_out]
+    View load;           // contiguous float [experts], absent when not asked for
+    float* workspace;    // partial sums of load; CUDA only
 };
 
 // Gradients that are absent are not computed. Those present are contiguous.

@@ -104,8 +104,8 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
 
 __device__ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
-            "r"(smem_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(smem_address(to)),
         "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1)
         : "memory");
 }
@@ -166,8 +166,10 @@ __device__ inline void fence_async_proxy() {
 enum class Swizzle : int { none = 0, b128 = 1, b64 = 2, b32 = 3 };  // the code in a shared-memory descriptor
 
 __host__ __device__ constexpr Swizzle swizzle_of(int row_bytes) {
-    return row_bytes >= 128 ? Swizzle::b128 : row_bytes == 64 ? Swizzle::b64 : row_bytes == 32 ? Swizzle::b32
-                                                                                              : Swizzle::none;
+    return row_bytes >= 128  ? Swizzle::b128
+           : row_bytes == 64 ? Swizzle::b64
+           : row_bytes == 32 ? Swizzle::b32
+                             : Swizzle::none;
 }
 
 // Byte offset of a 16-byte unit (or what is inside it) in a tile of rows of `row_bytes`, as TMA writes it with
@@ -222,18 +224,23 @@ __device__ inline void wgmma_wait() {
 // Operand lists: registers by number for the instruction, by element for the compiler.
 
 #define MTLORA_REGS_8 "%0, %1, %2, %3"
-#define MTLORA_REGS_16 MTLORA_REGS_8 \
+#define MTLORA_REGS_16 \
+    MTLORA_REGS_8      \
     ", %4, %5, %6, %7"
-#define MTLORA_REGS_32 MTLORA_REGS_16 \
+#define MTLORA_REGS_32 \
+    MTLORA_REGS_16     \
     ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define MTLORA_REGS_64 MTLORA_REGS_32 \
+#define MTLORA_REGS_64 \
+    MTLORA_REGS_32     \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MTLORA_REGS_128 MTLORA_REGS_64 \
+#define MTLORA_REGS_128                                                                \
+    MTLORA_REGS_64                                                                     \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MTLORA_REGS_256 MTLORA_REGS_128 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+#define MTLORA_REGS_256                                                                            \
+    MTLORA_REGS_128                                                                                \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MTLORA_OUT_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -244,34 +251,36 @@ __device__ inline void wgmma_wait() {
 #define MTLORA_OUT_128(d, i) MTLORA_OUT_64(d, i), MTLORA_OUT_64(d, i + 64)
 
 // accumulate = false starts from zero.
-#define MTLORA_WGMMA(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                                           \
-    template <class E, int trans_a, int trans_b>                                                                     \
-    __device__ inline void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {                       \
-        if constexpr (std::is_same_v<E, bf16>) {                                                                     \
-            MTLORA_WGMMA_SS(N, COUNT, "bf16", I0, I1, I2, I3, I4);                                                   \
-        } else {                                                                                                     \
-            MTLORA_WGMMA_SS(N, COUNT, "f16", I0, I1, I2, I3, I4);                                                    \
-        }                                                                                                            \
-    }                                                                                                                \
-    template <class E, int trans_b>                                                                                  \
-    __device__ inline void wgmma(float (&d)[COUNT], const uint32_t* a, uint64_t b, bool accumulate) {                \
-        if constexpr (std::is_same_v<E, bf16>) {                                                                     \
-            MTLORA_WGMMA_RS(N, COUNT, "bf16", I0, I1, I2, I3, I4, I5, I6);                                           \
-        } else {                                                                                                     \
-            MTLORA_WGMMA_RS(N, COUNT, "f16", I0, I1, I2, I3, I4, I5, I6);                                            \
-        }                                                                                                            \
+#define MTLORA_WGMMA(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                            \
+    template <class E, int trans_a, int trans_b>                                                      \
+    __device__ inline void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {        \
+        if constexpr (std::is_same_v<E, bf16>) {                                                      \
+            MTLORA_WGMMA_SS(N, COUNT, "bf16", I0, I1, I2, I3, I4);                                    \
+        } else {                                                                                      \
+            MTLORA_WGMMA_SS(N, COUNT, "f16", I0, I1, I2, I3, I4);                                     \
+        }                                                                                             \
+    }                                                                                                 \
+    template <class E, int trans_b>                                                                   \
+    __device__ inline void wgmma(float (&d)[COUNT], const uint32_t* a, uint64_t b, bool accumulate) { \
+        if constexpr (std::is_same_v<E, bf16>) {                                                      \
+            MTLORA_WGMMA_RS(N, COUNT, "bf16", I0, I1, I2, I3, I4, I5, I6);                            \
+        } else {                                                                                      \
+            MTLORA_WGMMA_RS(N, COUNT, "f16", I0, I1, I2, I3, I4, I5, I6);                             \
+        }                                                                                             \
     }
-#define MTLORA_WGMMA_SS(N, COUNT, TYPE, I0, I1, I2, I3, I4)                                                          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N "}, %" #I0     \
-                 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}"                                                       \
-                 : MTLORA_OUT_##COUNT(d, 0)                                                                          \
+#define MTLORA_WGMMA_SS(N, COUNT, TYPE, I0, I1, I2, I3, I4)                                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                             \
+                 ", 0;\n"                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N \
+                 "}, %" #I0 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}"                             \
+                 : MTLORA_OUT_##COUNT(d, 0)                                                           \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(trans_a), "n"(trans_b))
-#define MTLORA_WGMMA_RS(N, COUNT, TYPE, I0, I1, I2, I3, I4, I5, I6)                                                  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N "}, {%" #I0    \
-                 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 ";\n}"                                  \
-                 : MTLORA_OUT_##COUNT(d, 0)                                                                          \
+#define MTLORA_WGMMA_RS(N, COUNT, TYPE, I0, I1, I2, I3, I4, I5, I6)                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5                                             \
+                 ", 0;\n"                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N \
+                 "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 ";\n}"       \
+                 : MTLORA_OUT_##COUNT(d, 0)                                                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(trans_b))
 
 MTLORA_WGMMA(8, 4, 4, 5, 6, 7, 8, 9, 10)

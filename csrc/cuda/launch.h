@@ -39,8 +39,7 @@ void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* st
         static std::atomic<uint64_t> prepared{0};  // a bit per device
         const uint64_t device = uint64_t(1) << (current_device() & 63);
         if (!(prepared.load(std::memory_order_relaxed) & device)) {
-            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()),
-                  name);
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()), name);
             prepared.fetch_or(device, std::memory_order_relaxed);
         }
     }

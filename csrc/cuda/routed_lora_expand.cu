@@ -19,14 +19,14 @@ namespace {
 constexpr int kRows = 64;         // tokens of a tile
 constexpr int kSlots = 4;         // tiles between load and store: two for each warpgroup
 constexpr int kWeightPitch = 36;  // elements of a staged row of pi: 8 rows then touch 32 different banks
-constexpr int kThreads = 320;  // two multiplying warpgroups, a loading and a storing warp
+constexpr int kThreads = 320;     // two multiplying warpgroups, a loading and a storing warp
 
 struct ExpandArgs {
     CUtensorMap b, residual, out;
     const void *h, *pi, *scale;
     float scaling;
     int tokens, groups, outputs, experts;  // outputs of one group
-    int chunks;  // of 64 k, from experts and rank
+    int chunks;                            // of 64 k, from experts and rank
     int tiles_per_group, row_tiles;
     bool has_residual, into_residual;
     bool scaling_exact;  // scaling is a value of E
@@ -45,8 +45,8 @@ struct ExpandTile {
     // One block alone keeps to 168 registers a thread, which leaves room for a block of `project`.
     static constexpr int kMaxThreads = kBlocks == 2 ? kThreads : 384;
     static constexpr int shared_bytes(int chunks) {
-        return 1024 + chunks * kChunkExperts * kSlabBytes + kSlots * kSlotBytes +
-               8 * 16 * kWeightPitch * 2 + 256;  // alignment, B, tiles, pi, barriers
+        return 1024 + chunks * kChunkExperts * kSlabBytes + kSlots * kSlotBytes + 8 * 16 * kWeightPitch * 2 +
+               256;  // alignment, B, tiles, pi, barriers
     }
 };
 
@@ -152,7 +152,8 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
     }
 }
 
-// sum += E(E(pi_i E(s_i E(B_i h))) scaling) for the experts in order; `plain` without s and with a scaling that E holds.
+// sum += E(E(pi_i E(s_i E(B_i h))) scaling) for the experts in order; `plain` without s and with a scaling that E
+// holds.
 template <class E, int R, int BO, bool plain>
 __device__ void expert_sum(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
                            Pair<E> (&sum)[BO / 4]) {
@@ -281,8 +282,10 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
                 const char* at = slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q);
                 sum[i] = p.into_residual ? *reinterpret_cast<const Pair<E>*>(at) : twice<E>(rounded<E>(0.0f));
             }
-            if (p.scale == nullptr && p.scaling_exact) expert_sum<E, R, BO, true>(p, b, weights, h, sum);
-            else expert_sum<E, R, BO, false>(p, b, weights, h, sum);
+            if (p.scale == nullptr && p.scaling_exact)
+                expert_sum<E, R, BO, true>(p, b, weights, h, sum);
+            else
+                expert_sum<E, R, BO, false>(p, b, weights, h, sum);
 #pragma unroll
             for (int i = 0; i < BO / 4; ++i) {
                 auto* at = reinterpret_cast<Pair<E>*>(slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q));
@@ -314,7 +317,8 @@ int token_splits(int64_t column_tiles, int64_t row_tiles, int64_t blocks) {
     int best = 1;
     double best_cost = 1e30;
     for (int splits = 1; splits <= std::min<int64_t>(row_tiles, 2 * blocks); ++splits) {
-        const double cost = double(ceil_div(column_tiles * splits, blocks)) * (double(ceil_div(row_tiles, splits)) + 1.5);
+        const double cost =
+            double(ceil_div(column_tiles * splits, blocks)) * (double(ceil_div(row_tiles, splits)) + 1.5);
         if (cost < best_cost) {
             best = splits;
             best_cost = cost;
@@ -332,9 +336,9 @@ void launch_expand(const RoutedLoraFwd& f, int chunks) {
     p.b = tensor_map(f.lora_b.data, f.compute_dtype,
                      {{R, 1, R}, {size, R, BO}, {f.groups, size * R, 1}, {f.experts, f.d_out * R, experts}});
     if (f.residual.data) {
-        p.residual = tensor_map(
-            f.residual.data, f.compute_dtype,
-            {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.residual.stride[0], kRows}});
+        p.residual =
+            tensor_map(f.residual.data, f.compute_dtype,
+                       {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.residual.stride[0], kRows}});
     }
     p.out = tensor_map(f.out.data, f.compute_dtype,
                        {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.d_out, kRows}});
@@ -354,7 +358,8 @@ void launch_expand(const RoutedLoraFwd& f, int chunks) {
     p.scaling_exact = f.scaling_exact;
     const int64_t column_tiles = f.groups * p.tiles_per_group;
     const int resident = Tile::kBlocks * Tile::shared_bytes(chunks) <= kMaxSharedBytes ? Tile::kBlocks : 1;
-    const dim3 grid(unsigned(column_tiles), unsigned(token_splits(column_tiles, row_tiles, multiprocessors() * resident)));
+    const dim3 grid(unsigned(column_tiles),
+                    unsigned(token_splits(column_tiles, row_tiles, multiprocessors() * resident)));
     launch<expand_kernel<E, R, BO, eager>>("routed_lora expand", grid, kThreads, Tile::shared_bytes(chunks), f.stream,
                                            true, p);
 }
@@ -368,7 +373,8 @@ void choose_outputs(const RoutedLoraFwd& f) {
     // there are too few blocks for the multiprocessors. The sum over experts is bound by latency: 64, two blocks.
     int outputs = eager ? 64 : 128;
     auto too_wide = [&] {
-        const int bytes = outputs == 128 ? ExpandTile<R, 128>::shared_bytes(chunks) : ExpandTile<R, 64>::shared_bytes(chunks);
+        const int bytes =
+            outputs == 128 ? ExpandTile<R, 128>::shared_bytes(chunks) : ExpandTile<R, 64>::shared_bytes(chunks);
         return padded(outputs) * 4 > padded(32) * 5 || bytes > kMaxSharedBytes ||
                row_tiles * f.groups * ceil_div(size, outputs) < multiprocessors() * 3 / 4;
     };
@@ -386,9 +392,12 @@ void choose_rank(const RoutedLoraFwd& f) {
         case 8:
             if (!f.eager) return choose_outputs<E, 8, false>(f);
             break;
-        case 16: return f.eager ? choose_outputs<E, 16, true>(f) : choose_outputs<E, 16, false>(f);
-        case 32: return f.eager ? choose_outputs<E, 32, true>(f) : choose_outputs<E, 32, false>(f);
-        case 64: return f.eager ? choose_outputs<E, 64, true>(f) : choose_outputs<E, 64, false>(f);
+        case 16:
+            return f.eager ? choose_outputs<E, 16, true>(f) : choose_outputs<E, 16, false>(f);
+        case 32:
+            return f.eager ? choose_outputs<E, 32, true>(f) : choose_outputs<E, 32, false>(f);
+        case 64:
+            return f.eager ? choose_outputs<E, 64, true>(f) : choose_outputs<E, 64, false>(f);
     }
     throw std::runtime_error("routed_lora expand: rank must be 16, 32 or 64, or 8 with numerics \"fp32\"");
 }
@@ -396,8 +405,10 @@ void choose_rank(const RoutedLoraFwd& f) {
 }  // namespace
 
 void expand(const RoutedLoraFwd& f) {
-    if (f.compute_dtype == DType::bf16) choose_rank<bf16>(f);
-    else choose_rank<f16>(f);
+    if (f.compute_dtype == DType::bf16)
+        choose_rank<bf16>(f);
+    else
+        choose_rank<f16>(f);
 }
 
 }  // namespace mtlora::cuda

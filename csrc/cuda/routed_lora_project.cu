@@ -22,7 +22,7 @@ struct ProjectArgs {
     CUtensorMap x, lora_a, router;
     void *h, *pi;
     int tokens, steps, experts, groups;
-    int padded;  // router rows a group, zero rows included
+    int padded;                      // router rows a group, zero rows included
     int stages, slabs, stage_bytes;  // a stage is one step's slabs of x, then of A, then of the router
     int x_rows;                      // of a slab of x: 8 for up to 8 tokens, whose rows then repeat down the tile
     bool relu, has_router;
@@ -104,13 +104,14 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
     const int warpgroup = Tile::kWide ? uniform(threadIdx.x / 128) : 0, lane = threadIdx.x % 32;
     const auto release = [&](int s) {
         if (lane < Tile::kCluster) {
-            if constexpr (Tile::kCluster > 1) barrier_arrive(empty + s, lane);
-            else barrier_arrive(empty + s);
+            if constexpr (Tile::kCluster > 1)
+                barrier_arrive(empty + s, lane);
+            else
+                barrier_arrive(empty + s);
         }
     };
     const int a_at = p.slabs * p.x_rows * 128, router_at = a_at + (has_h ? p.slabs * Tile::kABytes : 0);
-    const uint64_t first_x =
-        smem_descriptor(tiles + warpgroup * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
+    const uint64_t first_x = smem_descriptor(tiles + warpgroup * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
     const uint64_t first_a = smem_descriptor(tiles + a_at, 16, 1024, Swizzle::b128);
     const uint64_t first_r = smem_descriptor(tiles + router_at, 16, 1024, Swizzle::b128);
     int s = 0, phase = 0, previous = 0, slab = 0;
@@ -126,7 +127,8 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
             if constexpr (has_router) wgmma<E, 0, 0>(logits, advanced(x, 32 * k), advanced(r, 32 * k), true);
         }
         wgmma_commit();
-        if constexpr (Tile::kWide) {  // few stages: give this one back at once; the other warpgroup multiplies meanwhile
+        if constexpr (Tile::kWide) {  // few stages: give this one back at once; the other warpgroup multiplies
+                                      // meanwhile
             wgmma_wait<0>();
             release(s);
         } else {
@@ -170,8 +172,10 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         }
         barrier_init_fence();
     }
-    if constexpr (Tile::kCluster > 1) cluster_sync();
-    else __syncthreads();
+    if constexpr (Tile::kCluster > 1)
+        cluster_sync();
+    else
+        __syncthreads();
     launch_dependents();
 
     if (warp == 4 * Tile::kWarpgroups) {
@@ -206,9 +210,12 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     }
 
     float h[R / 2] = {}, logits[RC / 2] = {};
-    if (has_h && has_router) multiply<E, R, RC, true, true>(p, tiles, full, empty, h, logits);
-    else if (has_h) multiply<E, R, RC, true, false>(p, tiles, full, empty, h, logits);
-    else multiply<E, R, RC, false, true>(p, tiles, full, empty, h, logits);
+    if (has_h && has_router)
+        multiply<E, R, RC, true, true>(p, tiles, full, empty, h, logits);
+    else if (has_h)
+        multiply<E, R, RC, true, false>(p, tiles, full, empty, h, logits);
+    else
+        multiply<E, R, RC, false, true>(p, tiles, full, empty, h, logits);
 
     const int token = token_tile + warp * 16 + lane / 4;
     if (has_h) {
@@ -226,9 +233,12 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         }
     }
     if (has_router) {
-        if (p.padded == 8) write_pi<E, RC, 1>(p, logits, token, first_group);
-        else if (p.padded == 16) write_pi<E, RC, 2>(p, logits, token, first_group);
-        else if constexpr (RC >= 32) write_pi<E, RC, 4>(p, logits, token, first_group);
+        if (p.padded == 8)
+            write_pi<E, RC, 1>(p, logits, token, first_group);
+        else if (p.padded == 16)
+            write_pi<E, RC, 2>(p, logits, token, first_group);
+        else if constexpr (RC >= 32)
+            write_pi<E, RC, 4>(p, logits, token, first_group);
     }
     if constexpr (Tile::kCluster > 1) cluster_sync();  // the other block still arrives on this one's barriers
 }
@@ -256,9 +266,9 @@ void launch_project(const RoutedLoraFwd& f, bool split) {
     if (has_router) {
         const Dimension k{features, 1, kDepth}, expert{f.experts, f.d_in, p.padded};
         const Dimension group{f.groups, f.experts * f.d_in, groups / Tile::kCluster};
-        p.router = Tile::kWide ? tensor_map(f.router.data, f.compute_dtype, {k, expert, group})
-                               : tensor_map(f.router.data, f.compute_dtype,
-                                            {k, expert, group, {all_slabs, kDepth, p.slabs}});
+        p.router = Tile::kWide
+                       ? tensor_map(f.router.data, f.compute_dtype, {k, expert, group})
+                       : tensor_map(f.router.data, f.compute_dtype, {k, expert, group, {all_slabs, kDepth, p.slabs}});
     }
     p.h = f.h.data;
     p.pi = f.pi.data;
@@ -269,8 +279,8 @@ void launch_project(const RoutedLoraFwd& f, bool split) {
     p.relu = f.relu;
     p.has_router = has_router;
     p.split = split;
-    const int weight_bytes = split ? std::max(Tile::kABytes, Tile::kRouterBytes)
-                                   : Tile::kABytes + (has_router ? Tile::kRouterBytes : 0);
+    const int weight_bytes =
+        split ? std::max(Tile::kABytes, Tile::kRouterBytes) : Tile::kABytes + (has_router ? Tile::kRouterBytes : 0);
     p.stage_bytes = p.slabs * (p.x_rows * 128 + weight_bytes);
     p.stages = std::min(p.steps, (beside ? 88 : 220) * 1024 / p.stage_bytes);
     const int columns = has_router ? int(ceil_div(f.groups, groups)) + int(split) : 1;
@@ -285,16 +295,23 @@ void choose_columns(const RoutedLoraFwd& f) {
     const int64_t all = f.router.data ? f.groups * padded : 0;
     // The widest tile that still gives most multiprocessors a block; the narrowest, and h apart, for few tokens.
     const int wanted = multiprocessors() * 3 / 4;
-    auto blocks = [&](int columns, int rows) { return ceil_div(f.tokens, rows) * std::max<int64_t>(1, ceil_div(all, columns)); };
+    auto blocks = [&](int columns, int rows) {
+        return ceil_div(f.tokens, rows) * std::max<int64_t>(1, ceil_div(all, columns));
+    };
     const int narrowest = std::max(16, padded);
     int columns = R <= 16 ? 256 : 128;  // accumulators: 128 registers beside those of h
-    while (columns > narrowest && (columns / 2 >= all || blocks(columns, columns >= 128 ? 128 : 64) < wanted)) columns /= 2;
+    while (columns > narrowest && (columns / 2 >= all || blocks(columns, columns >= 128 ? 128 : 64) < wanted))
+        columns /= 2;
     const bool split = all > 0 && blocks(columns, 64) < wanted;
     switch (columns) {
-        case 16: return launch_project<E, R, 16>(f, split);
-        case 32: return launch_project<E, R, 32>(f, split);
-        case 64: return launch_project<E, R, 64>(f, split);
-        case 128: return launch_project<E, R, 128>(f, split);
+        case 16:
+            return launch_project<E, R, 16>(f, split);
+        case 32:
+            return launch_project<E, R, 32>(f, split);
+        case 64:
+            return launch_project<E, R, 64>(f, split);
+        case 128:
+            return launch_project<E, R, 128>(f, split);
     }
     if constexpr (R <= 16) return launch_project<E, R, 256>(f, split);
 }
@@ -302,19 +319,26 @@ void choose_columns(const RoutedLoraFwd& f) {
 template <class E>
 void choose_rank(const RoutedLoraFwd& f) {
     switch (f.rank) {
-        case 8: return choose_columns<E, 8>(f);
-        case 16: return choose_columns<E, 16>(f);
-        case 32: return choose_columns<E, 32>(f);
-        case 64: return choose_columns<E, 64>(f);
-        default: throw std::runtime_error("routed_lora project: rank must be 8, 16, 32 or 64");
+        case 8:
+            return choose_columns<E, 8>(f);
+        case 16:
+            return choose_columns<E, 16>(f);
+        case 32:
+            return choose_columns<E, 32>(f);
+        case 64:
+            return choose_columns<E, 64>(f);
+        default:
+            throw std::runtime_error("routed_lora project: rank must be 8, 16, 32 or 64");
     }
 }
 
 }  // namespace
 
 void project(const RoutedLoraFwd& f) {
-    if (f.compute_dtype == DType::bf16) choose_rank<bf16>(f);
-    else choose_rank<f16>(f);
+    if (f.compute_dtype == DType::bf16)
+        choose_rank<bf16>(f);
+    else
+        choose_rank<f16>(f);
 }
 
 }  // namespace mtlora::cuda

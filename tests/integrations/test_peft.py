@@ -98,6 +98,16 @@ def test_save_and_load(tmp_path, targets, options):
     assert torch.equal(logits(loaded), logits(model))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_loaded_adapters_are_where_their_module_is(tmp_path):
+    """With low_cpu_mem_usage PEFT reads them onto the GPU first."""
+    adapted("both").save_pretrained(tmp_path)
+    for device in ("cpu", "cuda"):
+        loaded = PeftModel.from_pretrained(tiny_llama().to(device), tmp_path, low_cpu_mem_usage=True)
+        assert {p.device.type for p in loaded.parameters()} == {device}
+
+
 def test_saved_names_have_no_adapter_name(tmp_path):
     adapted("both", style="adaptformer").save_pretrained(tmp_path)
     stored = load_file(tmp_path / "adapter_model.safetensors")

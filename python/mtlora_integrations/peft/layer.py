@@ -36,11 +36,13 @@ class MtLoraLayer(nn.Module, BaseTunerLayer):
         self.lora_mixtures = nn.ModuleDict()
         self._active_adapter: list[str] = []
         self.merged_adapters: list[str] = []
+        self._device: torch.device | None = None
 
     def update_layer(
         self, adapter_name: str, config: MtLoraConfig, device: torch.device | None, dtype: torch.dtype | None
     ) -> None:
-        """Add the adapter adapter_name, with the published initial values."""
+        """Add the adapter adapter_name, with the published initial values, on the device of the adapted module."""
+        self._device = device
         mixture = mk.nn.RoutedMixture(
             self.in_features, out_features=self.out_features, device=device, **config.mixture_options()
         )
@@ -64,6 +66,12 @@ class MtLoraLayer(nn.Module, BaseTunerLayer):
         """A, B, router and scales of one adapter; None for what it has not."""
         dicts = [getattr(self, name) for name in self.adapter_layer_names]
         return tuple(d.get(adapter_name) for d in dicts)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT calls it after it has loaded values onto a device of its own choice (low_cpu_mem_usage).
+        for parameter in self.parameters_of(adapter_name):
+            if parameter is not None and not parameter.is_meta:
+                parameter.data = parameter.data.to(device or self._device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
         raise NotImplementedError(CANNOT_MERGE)
