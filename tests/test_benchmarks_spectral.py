@@ -28,7 +28,7 @@ def test_decompositions_agree(contender):
 def test_penalties_agree(kind):
     lora_b = make_adapters(2, 3, 40, 8, dtype=torch.float32, device=CPU).lora_b
     expected, gradient = float64_penalty(lora_b, kind)
-    for contender in spectral_contenders.penalties(kind, ("reference",)):
+    for contender in spectral_contenders.penalties(kind, CPU, ("reference",)):
         loss, grad = contender.call(lora_b)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
         torch.testing.assert_close(grad.double(), gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
