@@ -51,14 +51,21 @@ def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, .
     return tuple(impl for impl in reversed(SPECTRAL_IMPLS) if _BUILT[impl] and _runs_on(impl, device))
 
 
-def resolve_spectral(impl: str | None, device: torch.device) -> str:
-    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
+def _resolve(impl: str | None, device: torch.device) -> str:
     available = available_spectral_impls(device)
     if impl is None:
         return available[-1]
     if impl not in available:
         raise ValueError(f"impl is {impl!r}, it must be None or one of {available} for tensors on {device}")
     return impl
+
+
+_resolve_once = cache(_resolve)  # asking the driver costs a call some 10 us
+
+
+def resolve_spectral(impl: str | None, device: torch.device) -> str:
+    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
+    return (_resolve if torch.compiler.is_compiling() else _resolve_once)(impl, device)
 
 
 @cache
