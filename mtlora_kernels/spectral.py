@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import spectral_ops  # noqa: F401  (registers its part of torch.ops.mtlora_kernels)
+from . import spectral_eager
 from .spectral_dispatch import resolve_spectral
 from .spectral_inputs import KINDS, Layers, layer_stacks, sketch_size, stacked_matrices
 
@@ -81,8 +81,7 @@ class SpectralWeights:
 
 def compute_weights(stacks: Sequence[Tensor], kind: str, impl: str | None) -> list[Tensor]:
     """M_i = V diag(sqrt(w)) V^T [L, N, r, r] ("pairwise") or w [L, N, r] ("gram") of each stack, constants."""
-    weights = torch.ops.mtlora_kernels.spectral_weights
-    return [weights(b.detach(), kind, resolve_spectral(impl, b.device)) for b in stacks]
+    return [spectral_eager.weights(b.detach(), kind, resolve_spectral(impl, b.device)) for b in stacks]
 
 
 def spectral_penalty(
@@ -124,7 +123,7 @@ def spectral_penalty(
     total = sum(len(b) * b.shape[1] for b in stacks)
     loss = None
     for b, w in zip(stacks, held, strict=True):
-        part, _, _ = torch.ops.mtlora_kernels.spectral_penalty_fwd(b, w, kind, resolve_spectral(impl, b.device))
+        part = spectral_eager.penalty(b, w, kind, resolve_spectral(impl, b.device))
         if kind == "gram" and len(stacks) > 1:
             part = part * (len(b) * b.shape[1] / total)
         loss = part if loss is None else loss + part.to(loss.device)
