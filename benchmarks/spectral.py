@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import mtlora_kernels as mk
-from mtlora_kernels.testing import differences
-from mtlora_kernels.testing.spectral import make_adapters
+from mtlora_kernels.testing import differences, make_adapters
 
 from .floors import measure_rates
 from .results import PROVENANCE, RESULTS, append, provenance

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mtlora_kernels.testing.spectral import trap_matrices
+from mtlora_kernels.testing import trap_matrices
 
 from .results import PROVENANCE
 from .spectral_contenders import Contender, decompositions

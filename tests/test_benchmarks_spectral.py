@@ -11,7 +11,7 @@ from benchmarks import spectral_contenders
 from benchmarks.__main__ import parse
 from benchmarks.results import load
 from benchmarks.timing import BUDGET_S
-from mtlora_kernels.testing.spectral import float64_penalty, make_adapters, trap_matrices
+from mtlora_kernels.testing import float64_penalty, make_adapters, trap_matrices
 
 CPU = torch.device("cpu")
 
