@@ -17,19 +17,23 @@ _TABLE = {
 SPECTRAL_IMPLS = tuple(_TABLE)
 
 
-@torch.compiler.assume_constant_result
-@cache
+def _images() -> tuple[tuple[int, bool], ...]:
+    """(compute capability times ten, whether newer devices run it too) of the compiled CUDA kernels."""
+    names = _module("_C").build_info()["cuda_architectures"] if _BUILT["cuda"] else ()  # 80, 90a, 86-real, ...
+    parsed = (re.fullmatch(r"(\d+)(.*)", name).groups() for name in names)
+    return tuple((int(number), suffix in ("", "-virtual")) for number, suffix in parsed)
+
+
+_IMAGES = _images()
+
+
 def _has_image(device: torch.device) -> bool:
     """Whether the CUDA kernels, which run from compute capability 8.0, were compiled for this device."""
-    if not _BUILT["cuda"] or not torch.cuda.is_available():
+    if not torch.cuda.is_available():
         return False
-    major, minor = torch.cuda.get_device_capability(device)
-    for architecture in _module("_C").build_info()["cuda_architectures"]:  # 80, 90a, 86-real, ...
-        number, suffix = re.fullmatch(r"(\d+)(.*)", architecture).groups()
-        newer = suffix in ("", "-virtual") and int(number) < 10 * major + minor
-        if newer or int(number) == 10 * major + minor:
-            return True
-    return False
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes as a constant
+    capability = 10 * properties.major + properties.minor
+    return any(image == capability or (newer and image < capability) for image, newer in _IMAGES)
 
 
 def _runs_on(impl: str, device: torch.device) -> bool:
