@@ -12,7 +12,7 @@ from .registry import PACKAGE
 from .results import RESULTS, load
 
 Row = dict[str, str]
-RIVAL_COLOURS = ("0.35", "0.55", "0.7", "0.82")
+RIVAL_COLOURS = ("0.35", "0.55", "0.7", "0.82", "0.25", "0.45", "0.62", "0.76", "0.88", "0.15")
 OUR_COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:olive", "tab:purple", "tab:pink")
 
 

@@ -18,10 +18,10 @@ SPECTRAL_IMPLS = tuple(_TABLE)
 
 
 def _images() -> tuple[tuple[int, bool], ...]:
-    """(compute capability times ten, whether newer devices run it too) of the compiled CUDA kernels."""
-    names = _module("_C").build_info()["cuda_architectures"] if _BUILT["cuda"] else ()  # 80, 90a, 86-real, ...
-    parsed = (re.fullmatch(r"(\d+)(.*)", name).groups() for name in names)
-    return tuple((int(number), suffix in ("", "-virtual")) for number, suffix in parsed)
+    """(compute capability, whether later ones can use it too) of each compiled image of the CUDA kernels."""
+    architectures = _module("_C").build_info()["cuda_architectures"] if _BUILT["cuda"] else ()
+    parts = [re.fullmatch(r"(\d+)(.*)", name).groups() for name in architectures]  # 80, 90a, 86-real, ...
+    return tuple((int(number), suffix in ("", "-virtual")) for number, suffix in parts)
 
 
 _IMAGES = _images()
@@ -29,11 +29,11 @@ _IMAGES = _images()
 
 def _has_image(device: torch.device) -> bool:
     """Whether the CUDA kernels, which run from compute capability 8.0, were compiled for this device."""
-    if not torch.cuda.is_available():
+    if not _IMAGES or not torch.cuda.is_available():
         return False
     properties = torch.cuda.get_device_properties(device)  # which torch.compile takes as a constant
-    capability = 10 * properties.major + properties.minor
-    return any(image == capability or (newer and image < capability) for image, newer in _IMAGES)
+    own = 10 * properties.major + properties.minor
+    return any(own == number or (newer and own > number) for number, newer in _IMAGES)
 
 
 def _runs_on(impl: str, device: torch.device) -> bool:
@@ -51,14 +51,21 @@ def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, .
     return tuple(impl for impl in reversed(SPECTRAL_IMPLS) if _BUILT[impl] and _runs_on(impl, device))
 
 
-def resolve_spectral(impl: str | None, device: torch.device) -> str:
-    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
+def _resolve(impl: str | None, device: torch.device) -> str:
     available = available_spectral_impls(device)
     if impl is None:
         return available[-1]
     if impl not in available:
         raise ValueError(f"impl is {impl!r}, it must be None or one of {available} for tensors on {device}")
     return impl
+
+
+_resolve_once = cache(_resolve)  # asking the driver costs a call some 10 us
+
+
+def resolve_spectral(impl: str | None, device: torch.device) -> str:
+    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
+    return (_resolve if torch.compiler.is_compiling() else _resolve_once)(impl, device)
 
 
 @cache

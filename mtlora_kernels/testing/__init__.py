@@ -8,8 +8,10 @@ from .lattice import lattice_inputs, rounding_inputs
 from .oracle import float64_results, published_layer
 from .rows import Row
 from .run import run_checks
+from .spectral import float64_penalty, make_adapters, trap_matrices
 
 __all__ = [
-    "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_results",
-    "lattice_inputs", "published_layer", "random_inputs", "rounding_inputs", "run_case", "run_checks", "with_layout",
+    "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_penalty",
+    "float64_results", "lattice_inputs", "make_adapters", "published_layer", "random_inputs", "rounding_inputs",
+    "run_case", "run_checks", "trap_matrices", "with_layout",
 ]  # fmt: skip
