@@ -40,7 +40,7 @@ struct ProjectionArgs {
 };
 
 template <class T, class Out, int kBlocks, bool kStaged>
-__global__ void __launch_bounds__(kThreads) projection_kernel(const ProjectionArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocks <= 2 ? 3 : 1) projection_kernel(const ProjectionArgs args) {
     const Projection& p = args.p;
     const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
     const int chunks = int((p.rows + kBlockRows - 1) / kBlockRows), chunk = int(blockIdx.x) % chunks;
