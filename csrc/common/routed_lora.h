@@ -59,7 +59,12 @@ struct RoutedLoraBwd : RoutedLora {
     View dpi;            // float [tokens, groups, experts]
     View dexpert_scale;  // [experts]
     float* dlogits;      // workspace [tokens, groups, experts], absent when no gradient reads it
-    float* dh;           // workspace [tokens, rank], absent when no gradient reads it
+    float* dh;           // workspace [tokens, rank], absent when no gradient reads it; CUDA: one for each expert block
+
+    // CUDA only
+    int64_t token_chunk;  // tokens of one accumulator where K is all tokens
+    void* rows;           // workspace of the compute dtype, see row_pitch in cuda/routed_lora.h
+    float* workspace;     // partial sums of d(expert_scale)
 };
 
 }  // namespace mtlora
