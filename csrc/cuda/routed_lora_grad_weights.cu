@@ -19,16 +19,21 @@
 namespace mtlora::cuda {
 namespace {
 
-constexpr int kTokens = 64;     // a step
-constexpr int kFeatures = 128;  // two boxes of 64
-constexpr int kColumns = 256;   // four row tiles of the transposed product, two a warpgroup
+constexpr int kTokens = 64;    // a step
+constexpr int kColumns = 256;  // four row tiles of the transposed product, two a warpgroup
 constexpr int kBoxBytes = kTokens * 128;
 constexpr int kThreads = 384;
 constexpr int kMaxStages = 8;
 constexpr int kWeightPitch = 66;  // floats of an expert's 64 tokens: even, and 16 experts touch different banks
-constexpr int kSumPitch = 136;    // floats of a column's 128 features: 4 rows of a store touch different banks
-constexpr int kSumBytes = kColumns * kSumPitch * 4;
 constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 128 and 256 threads share 384 x 168
+
+// BF = features of a block.
+template <int BF>
+struct FeatureTile {
+    static constexpr int kBytes = (BF + 63) / 64 * kBoxBytes;
+    static constexpr int kSumPitch = BF + 8;  // floats of a column: 4 rows of a store touch different banks
+    static constexpr int kSumBytes = kColumns * kSumPitch * 4;
+};
 
 struct TokenArgs {
     CUtensorMap features;  // dout or x: (features of a group, groups, T)
@@ -50,10 +55,11 @@ struct TokenTile {
     int columns;  // live ones
 };
 
-__device__ inline TokenTile token_tile(const TokenArgs& p) {
+template <int BF>
+__device__ TokenTile token_tile(const TokenArgs& p) {
     TokenTile t;
     t.group = int(blockIdx.y) / p.feature_tiles;
-    t.feature = int(blockIdx.y) % p.feature_tiles * kFeatures;
+    t.feature = int(blockIdx.y) % p.feature_tiles * BF;
     t.column = int(blockIdx.z) * kColumns;
     t.token = int(blockIdx.x) * p.chunk;
     t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
@@ -62,10 +68,11 @@ __device__ inline TokenTile token_tile(const TokenArgs& p) {
 }
 
 // Tiles by TMA, one thread.
-template <bool mixed>
+template <bool mixed, int BF>
 __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     const int boxes = mixed ? 1 : (t.columns + 63) / 64;
-    const int bytes = 2 * kBoxBytes + (mixed ? kTokens * p.rank * 2 : boxes * kBoxBytes);
+    constexpr int kFeatureBytes = FeatureTile<BF>::kBytes;
+    const int bytes = kFeatureBytes + (mixed ? kTokens * p.rank * 2 : boxes * kBoxBytes);
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         char* const stage = shared + ring.stage * p.stage_bytes;
@@ -73,10 +80,12 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
         const int token = t.token + step * kTokens;
         barrier_wait(empty + ring.stage, ring.parity ^ 1);
         barrier_expect(barrier, uint32_t(bytes));
-        tma_load(stage, &p.features, barrier, t.feature, t.group, token);
-        tma_load(stage + kBoxBytes, &p.features, barrier, t.feature + 64, t.group, token);
+#pragma unroll
+        for (int at = 0; at < kFeatureBytes; at += kBoxBytes) {
+            tma_load(stage + at, &p.features, barrier, t.feature + at / kBoxBytes * 64, t.group, token);
+        }
         for (int box = 0; box < boxes; ++box) {
-            tma_load(stage + (2 + box) * kBoxBytes, &p.columns, barrier, t.column * !mixed + box * 64, token);
+            tma_load(stage + kFeatureBytes + box * kBoxBytes, &p.columns, barrier, t.column * !mixed + box * 64, token);
         }
         ring.advance(p.stages);
     }
@@ -84,7 +93,7 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
 
 // w of the block's experts as fp32, transposed to [expert][token], zeros beyond the last expert or token. Three warps
 // take turns at the steps.
-template <class E>
+template <class E, int BF>
 __device__ void load_weights(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     constexpr int kBatch = 8;  // loads in flight
     const int turn = threadIdx.x / 32 % 4 - 1, lane = threadIdx.x % 32;
@@ -95,8 +104,8 @@ __device__ void load_weights(const TokenArgs& p, const TokenTile& t, char* share
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         if (step % 3 == turn) {
-            float* const to = reinterpret_cast<float*>(shared + ring.stage * p.stage_bytes + 2 * kBoxBytes +
-                                                       kTokens * p.rank * 2) +
+            float* const to = reinterpret_cast<float*>(shared + ring.stage * p.stage_bytes +
+                                                       FeatureTile<BF>::kBytes + kTokens * p.rank * 2) +
                               expert * kWeightPitch;
             const int row = p.groups * p.experts, token = t.token + step * kTokens;
             const int tokens = live ? min(kTokens, p.tokens - token) : 0;
@@ -134,7 +143,7 @@ __device__ uint32_t mixed_h(uint32_t h, float2 w) {
 
 // The product of `tiles` row tiles of 64 columns each (number warpgroup, warpgroup + 2 of the block), then its sums to
 // shared memory as [column][feature].
-template <class E, bool mixed, int tiles>
+template <class E, bool mixed, int BF, int tiles>
 __device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
                          int multiplying) {
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
@@ -150,18 +159,18 @@ __device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, u
         expert[m] = mixed ? (64 * (warpgroup + 2 * m) + 16 * warp) / p.rank * kWeightPitch + 2 * q : 0;
     }
 
-    float c[tiles][64];
+    float c[tiles][BF / 2];
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         const char* const stage = shared + ring.stage * p.stage_bytes;
-        const uint32_t rows = smem_address(stage) + 2 * kBoxBytes + offset;
+        const uint32_t rows = smem_address(stage) + FeatureTile<BF>::kBytes + offset;
         uint32_t a[tiles][16];
         barrier_wait(full + ring.stage, ring.parity);
 #pragma unroll
         for (int k = 0; k < kTokens / 16; ++k) {
             if constexpr (mixed) {
                 const float* const weights =
-                    reinterpret_cast<const float*>(stage + 2 * kBoxBytes + kTokens * p.rank * 2) + 16 * k;
+                    reinterpret_cast<const float*>(stage + FeatureTile<BF>::kBytes + kTokens * p.rank * 2) + 16 * k;
                 uint32_t h[4];
                 load_transposed(h, rows + k * 16 * pitch);
 #pragma unroll
@@ -210,12 +219,13 @@ __device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, u
     }
 
     named_barrier(1, 128 * multiplying);  // the stages are free
+    constexpr int kSumPitch = FeatureTile<BF>::kSumPitch;
     float* const sums = reinterpret_cast<float*>(shared);
 #pragma unroll
     for (int m = 0; m < tiles; ++m) {
         float* const at = sums + (64 * (warpgroup + 2 * m) + 16 * warp + lane / 4) * kSumPitch + 2 * q;
 #pragma unroll
-        for (int j = 0; j < kFeatures / 8; ++j) {
+        for (int j = 0; j < BF / 8; ++j) {
             *reinterpret_cast<float2*>(at + 8 * j) = {c[m][4 * j], c[m][4 * j + 1]};
             *reinterpret_cast<float2*>(at + 8 * kSumPitch + 8 * j) = {c[m][4 * j + 2], c[m][4 * j + 3]};
         }
@@ -254,14 +264,15 @@ __device__ inline void store8(void* to, DType dtype, int64_t at, const float (&v
 }
 
 // Every block of the cluster adds its share of the tile, eight columns of one feature a thread.
-template <bool mixed>
+template <bool mixed, int BF>
 __device__ void add_chunks(const TokenArgs& p, const TokenTile& t, const char* shared) {
+    constexpr int kSumPitch = FeatureTile<BF>::kSumPitch;
     const float* const sums = reinterpret_cast<const float*>(shared);
     const uint32_t chunks = cluster_size(), rank = cluster_rank();
     const int octets = (t.columns + 7) / 8;
     const int mine = (octets - int(rank) + int(chunks) - 1) / int(chunks);
-    for (int i = threadIdx.x; i < mine * kFeatures; i += 256) {
-        const int feature = i % kFeatures, octet = i / kFeatures * int(chunks) + int(rank);
+    for (int i = threadIdx.x; i < mine * BF; i += 256) {
+        const int feature = i % BF, octet = i / BF * int(chunks) + int(rank);
         float v[8];
         for (uint32_t chunk = 0; chunk < chunks; ++chunk) {
             const uint32_t at = cluster_address(sums + octet * 8 * kSumPitch + feature, chunk);
@@ -292,13 +303,13 @@ __device__ void add_chunks(const TokenArgs& p, const TokenTile& t, const char* s
     }
 }
 
-template <class E, bool mixed>
+template <class E, bool mixed, int BF>
 __global__ void __launch_bounds__(kThreads, 1) token_kernel(const __grid_constant__ TokenArgs p) {
     extern __shared__ char raw[];
     char* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + p.ring_bytes);
     uint64_t* const empty = full + kMaxStages;
-    const TokenTile t = token_tile(p);
+    const TokenTile t = token_tile<BF>(p);
     const int multiplying = t.columns > 64 ? 2 : 1;
     if (threadIdx.x == 0) {
         for (int s = 0; s < p.stages; ++s) {
@@ -314,35 +325,35 @@ __global__ void __launch_bounds__(kThreads, 1) token_kernel(const __grid_constan
     const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (warpgroup == 2) {
         shrink_registers<kProducerRegisters>();
-        if (threadIdx.x == 256) load_tiles<mixed>(p, t, shared, full, empty);
-        if (mixed && threadIdx.x >= 288) load_weights<E>(p, t, shared, full, empty);
+        if (threadIdx.x == 256) load_tiles<mixed, BF>(p, t, shared, full, empty);
+        if (mixed && threadIdx.x >= 288) load_weights<E, BF>(p, t, shared, full, empty);
         cluster_sync();
         cluster_sync();
     } else {
         grow_registers<kConsumerRegisters>();
         const int tiles = (t.columns - 64 * warpgroup + 127) / 128;
-        if (tiles == 2) multiply<E, mixed, 2>(p, t, shared, full, empty, multiplying);
-        else if (tiles == 1) multiply<E, mixed, 1>(p, t, shared, full, empty, multiplying);
+        if (tiles == 2) multiply<E, mixed, BF, 2>(p, t, shared, full, empty, multiplying);
+        else if (tiles == 1) multiply<E, mixed, BF, 1>(p, t, shared, full, empty, multiplying);
         cluster_sync();  // the sums of all chunks are in shared memory
-        add_chunks<mixed>(p, t, shared);
+        add_chunks<mixed, BF>(p, t, shared);
         cluster_sync();  // and have been read
     }
 }
 
-template <class E, bool mixed>
+template <class E, bool mixed, int BF>
 void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int narrow_bytes) {
-    p.stage_bytes = int(ceil_div(2 * kBoxBytes + narrow_bytes, 1024) * 1024);
+    p.stage_bytes = int(ceil_div(FeatureTile<BF>::kBytes + narrow_bytes, 1024) * 1024);
     constexpr int barrier_bytes = 2 * kMaxStages * 8;
     p.stages = std::min(kMaxStages, (kMaxSharedBytes - 1024 - barrier_bytes) / p.stage_bytes);
-    p.ring_bytes = std::max(p.stages * p.stage_bytes, kSumBytes);
+    p.ring_bytes = std::max(p.stages * p.stage_bytes, FeatureTile<BF>::kSumBytes);
     p.tokens = int(f.tokens);
     p.chunk = int(f.token_chunk);
     p.experts = int(f.experts);
     p.rank = int(f.rank);
-    p.feature_tiles = int(ceil_div(p.group_size, kFeatures));
+    p.feature_tiles = int(ceil_div(p.group_size, BF));
     const int chunks = int(ceil_div(f.tokens, f.token_chunk));
     const dim3 grid(unsigned(chunks), unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, kColumns)));
-    launch<token_kernel<E, mixed>>(name, grid, kThreads, 1024 + p.ring_bytes + barrier_bytes, f.stream, true, p, chunks);
+    launch<token_kernel<E, mixed, BF>>(name, grid, kThreads, 1024 + p.ring_bytes + barrier_bytes, f.stream, true, p, chunks);
 }
 
 template <class E>
@@ -361,7 +372,12 @@ void launch_grad_b(const RoutedLoraBwd& f) {
     p.groups = int(f.groups);
     p.width = int(f.experts * f.rank);
     const int experts = kColumns / int(f.rank);
-    launch_tokens<E, true>("routed_lora grad_b", p, f, kTokens * int(f.rank) * 2 + experts * kWeightPitch * 4);
+    const int narrow_bytes = kTokens * int(f.rank) * 2 + experts * kWeightPitch * 4;
+    auto padded = [&](int features) { return ceil_div(size, features) * features; };
+    // Narrower tiles where the group's tail would waste products.
+    if (size <= 32) launch_tokens<E, true, 32>("routed_lora grad_b", p, f, narrow_bytes);
+    else if (padded(64) < padded(128)) launch_tokens<E, true, 64>("routed_lora grad_b", p, f, narrow_bytes);
+    else launch_tokens<E, true, 128>("routed_lora grad_b", p, f, narrow_bytes);
 }
 
 template <class E>
@@ -378,7 +394,7 @@ void launch_grad_rows(const RoutedLoraBwd& f) {
     p.router_dtype = f.drouter.dtype;
     p.group_size = int(f.d_in);
     p.groups = 1;
-    launch_tokens<E, false>("routed_lora grad_rows", p, f, std::min(4, int(ceil_div(p.width, 64))) * kBoxBytes);
+    launch_tokens<E, false, 128>("routed_lora grad_rows", p, f, std::min(4, int(ceil_div(p.width, 64))) * kBoxBytes);
 }
 
 }  // namespace
