@@ -110,19 +110,15 @@ PYBIND11_MODULE(_C, m) {
         .def_property("dlogits", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dlogits = pointer<float>(a); })
         .def_property("dh", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dh = pointer<float>(a); })
         .def_readwrite("token_chunk", &RoutedLoraBwd::token_chunk)
-        .def_property("rows", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.rows = pointer<void>(a); })
-        .def_property("workspace", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.workspace = pointer<float>(a); });
+        .def_property("workspace", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.workspace = pointer<void>(a); });
 
     m.def("routed_lora_fwd_cpu", &cpu::routed_lora_fwd, py::call_guard<py::gil_scoped_release>());
     m.def("routed_lora_bwd_cpu", &cpu::routed_lora_bwd, py::call_guard<py::gil_scoped_release>());
 #ifdef MTLORA_CUDA
     m.def("routed_lora_fwd_cuda", &cuda::routed_lora_fwd);
     m.def("routed_lora_bwd_cuda", &cuda::routed_lora_bwd);
-    m.def("bwd_contract", &cuda::contract);
-    m.def("bwd_route", &cuda::route);
-    m.def("bwd_grad_b", &cuda::grad_b);
-    m.def("bwd_grad_x", &cuda::grad_x);
-    m.def("bwd_grad_rows", &cuda::grad_rows);
+    m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
+    m.def("bwd_part", &cuda::bwd_part);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);
 #endif
 }

@@ -58,13 +58,10 @@ struct RoutedLoraBwd : RoutedLora {
     View dx, dlora_a, dlora_b, drouter;
     View dpi;            // float [tokens, groups, experts]
     View dexpert_scale;  // [experts]
-    float* dlogits;      // workspace [tokens, groups, experts], absent when no gradient reads it
-    float* dh;           // workspace [tokens, rank], absent when no gradient reads it; CUDA: one for each expert block
-
-    // CUDA only
-    int64_t token_chunk;  // tokens of one accumulator where K is all tokens
-    void* rows;           // workspace of the compute dtype, see row_pitch in cuda/routed_lora.h
-    float* workspace;     // partial sums of d(expert_scale)
+    float* dlogits;      // CPU only: workspace [tokens, groups, experts], absent when no gradient reads it
+    float* dh;           // CPU only: workspace [tokens, rank], absent when no gradient reads it
+    void* workspace;     // CUDA only: cuda::routed_lora_bwd_workspace bytes
+    int64_t token_chunk;  // CUDA only: tokens of one accumulator where K is all tokens
 };
 
 }  // namespace mtlora

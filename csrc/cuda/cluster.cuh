@@ -1,5 +1,5 @@
-// What the backward uses besides hopper.cuh: each other's shared memory in a cluster, transposed fragments, registers
-// moved between warpgroups, a ring of stages.
+// What the backward uses besides hopper.cuh: each other's shared memory in a cluster, runs of bytes, transposed
+// fragments, registers moved between warpgroups, a ring of stages.
 #pragma once
 
 #include "cuda/hopper.cuh"
@@ -25,13 +25,20 @@ __device__ inline float cluster_load(uint32_t address) {
     return value;
 }
 
-// As hopper.cuh's, in four dimensions.
-__device__ inline void tma_load_multicast(void* to, const CUtensorMap* map, uint64_t* barrier, uint16_t blocks, int c0,
-                                          int c1, int c2, int c3) {
+// A run of bytes, a multiple of 16, to shared memory; the second to the same place in every block of the cluster in
+// `blocks` (a bit each), completing on the barrier of each.
+__device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_address(to)),
+                 "l"(from), "r"(bytes), "r"(smem_address(barrier))
+                 : "memory");
+}
+__device__ inline void bulk_load_multicast(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                           uint16_t blocks) {
     asm volatile(
-        "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%4, %5, %6, %7}], [%2], %3;" ::"r"(smem_address(to)),
-        "l"(map), "r"(smem_address(barrier)), "h"(blocks), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(smem_address(to)),
+        "l"(from), "r"(bytes), "r"(smem_address(barrier)), "h"(blocks)
         : "memory");
 }
 

@@ -12,7 +12,7 @@
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
-#include "cuda/routed_lora.h"
+#include "cuda/routed_lora_bwd.h"
 
 namespace mtlora::cuda {
 namespace {
@@ -20,20 +20,20 @@ namespace {
 constexpr int kTokens = 64, kDepth = 64;  // depth: outputs a step, 128 bytes
 constexpr int kColumns = 128;             // of a warpgroup: one block of the sum over experts in the reference
 constexpr int kWarpgroups = 2;
-constexpr int kThreads = 128 * (kWarpgroups + 1);
+constexpr int kThreads = 128 * kWarpgroups + 32;
 constexpr int kStages = 5;
 constexpr int kDoutBytes = kTokens * kDepth * 2;
-constexpr int kWeightBytes = kColumns * kDepth * 2;  // of a warpgroup
-constexpr int kStageBytes = kDoutBytes + kWarpgroups * kWeightBytes;
+constexpr int kStageBytes = kDoutBytes + kWarpgroups * kWeightTileBytes;
 constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStages * 8;
 
 struct ContractArgs {
-    CUtensorMap dout, b;
+    CUtensorMap dout;
+    const char* b_tiles;
     const void *h, *pi, *scale;
     float *dw, *dh;  // [T, G, N] and [blocks, T, rank]; either may be absent
     int tokens, groups, experts;
     int steps;   // tiles of outputs in a group
-    int blocks;  // of columns
+    int blocks;  // of columns; b_tiles holds an even number
 };
 
 // s[:n/2] + s[n/2:] until one is left.
@@ -81,7 +81,7 @@ __device__ void store_dw(const ContractArgs& p, const float (&v)[2][experts][2],
 
 template <class E, int R>
 __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
-    constexpr int kExperts = kColumns / R, kSlab = kDepth * R * 2;
+    constexpr int kExperts = kColumns / R;
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
     const int block = int(blockIdx.y) * kWarpgroups + warpgroup;
     const int first = block * kExperts, valid = min(kExperts, p.experts - first);
@@ -113,14 +113,13 @@ __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* ful
         for (int step = 0; step < p.steps; ++step) {
             const char* const tile = tiles + ring.stage * kStageBytes;
             const uint64_t a = smem_descriptor(tile, 16, 1024, Swizzle::b128);
-            const char* const weights = tile + kDoutBytes + warpgroup * kWeightBytes;
-            const uint64_t b = R == 8 ? smem_descriptor(weights, 16 * R, kSlab, Swizzle::none)
-                                      : smem_descriptor(weights, kSlab, 16 * R, swizzle_of(2 * R));
+            const char* const weights = tile + kDoutBytes + warpgroup * kWeightTileBytes;
+            const uint64_t b = smem_descriptor(weights, kWeightTileBytes / 2, 1024, Swizzle::b128);
             barrier_wait(full + ring.stage, ring.parity);
             wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < kDepth / 16; ++k) {  // 16 outputs: 32 bytes of a row of dout, 16 rows of B
-                wgmma<E, 0, 1>(c, a + 2 * k, b + 2 * R * k, step > 0 || k > 0);
+            for (int k = 0; k < kDepth / 16; ++k) {  // 16 outputs: 32 bytes of a row of dout, 16 rows of 128 bytes of B
+                wgmma<E, 0, 1>(c, a + 2 * k, b + 128 * k, step > 0 || k > 0);
             }
             wgmma_commit();
             if (step > 0) {
@@ -192,26 +191,23 @@ __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* ful
     }
 }
 
-template <class E, int R>
-__device__ void load(const ContractArgs& p, char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
-    constexpr int kExperts = kColumns / R, kSlab = kDepth * R * 2;
-    const uint32_t cluster = cluster_size();
-    const int share = kWarpgroups * kExperts / int(cluster), mine = int(cluster_rank()) * share;
-    const int first = int(blockIdx.y) * kWarpgroups * kExperts + mine;
+// Tiles of both, one thread.
+__device__ inline void load(const ContractArgs& p, char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
+    const uint32_t cluster = cluster_size(), share = kWarpgroups * kWeightTileBytes / cluster;
     const uint16_t all = uint16_t((1u << cluster) - 1);
+    const int64_t pitch = int64_t(gridDim.y) * kWarpgroups * kWeightTileBytes;  // of the tiles of a step
+    const uint32_t mine = cluster_rank() * share;
+    const char* from = p.b_tiles + int64_t(blockIdx.y) * kWarpgroups * kWeightTileBytes + mine;
     Ring ring;
     for (int group = 0; group < p.groups; ++group) {
-        for (int step = 0; step < p.steps; ++step) {
+        for (int step = 0; step < p.steps; ++step, from += pitch) {
             char* const tile = tiles + ring.stage * kStageBytes;
+            uint64_t* const barrier = full + ring.stage;
             barrier_wait(empty + ring.stage, ring.parity ^ 1);
-            barrier_expect(full + ring.stage, kStageBytes);
-            tma_load(tile, &p.dout, full + ring.stage, step * kDepth, group, first_token);
-            char* const weights = tile + kDoutBytes + mine * kSlab;
-            if (cluster == 1) {
-                tma_load(weights, &p.b, full + ring.stage, 0, step * kDepth, group, first);
-            } else {
-                tma_load_multicast(weights, &p.b, full + ring.stage, all, 0, step * kDepth, group, first);
-            }
+            barrier_expect(barrier, kStageBytes);
+            tma_load(tile, &p.dout, barrier, step * kDepth, group, first_token);
+            if (cluster == 1) bulk_load(tile + kDoutBytes, from, share, barrier);
+            else bulk_load_multicast(tile + kDoutBytes + mine, from, share, barrier, all);
             ring.advance(kStages);
         }
     }
@@ -238,7 +234,7 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
 
     const int warpgroup = threadIdx.x / 128;
     if (warpgroup == kWarpgroups) {
-        if (threadIdx.x == 128 * kWarpgroups) load<E, R>(p, tiles, full, empty, first_token);
+        if (threadIdx.x == 128 * kWarpgroups) load(p, tiles, full, empty, first_token);
     } else if (warpgroup < warpgroups) {
         multiply<E, R>(p, tiles, full, empty, first_token);
     }
@@ -246,21 +242,19 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
 }
 
 template <class E, int R>
-void launch_contract(const RoutedLoraBwd& f) {
+void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups, tiles = ceil_div(f.tokens, kTokens);
-    constexpr int experts = kWarpgroups * kColumns / R;
     int cluster = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
     if (const char* forced = getenv("MTLORA_CLUSTER")) cluster = atoi(forced);
     ContractArgs p = {};
     p.dout = tensor_map(f.dout.data, f.compute_dtype,
                         {{size, 1, kDepth}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});
-    p.b = tensor_map(f.lora_b.data, f.compute_dtype,
-                     {{R, 1, R}, {size, R, kDepth}, {f.groups, size * R, 1}, {f.experts, f.d_out * R, experts / cluster}});
+    p.b_tiles = static_cast<const char*>(w.b_tiles);
     p.h = f.h.data;
     p.pi = f.pi.data;
     p.scale = f.expert_scale.data;
-    p.dw = f.dlogits;
-    p.dh = f.dh;
+    p.dw = w.dw;
+    p.dh = w.dh;
     p.tokens = int(f.tokens);
     p.groups = int(f.groups);
     p.experts = int(f.experts);
@@ -271,21 +265,21 @@ void launch_contract(const RoutedLoraBwd& f) {
 }
 
 template <class E>
-void choose_rank(const RoutedLoraBwd& f) {
+void choose_rank(const RoutedLoraBwd& f, const Buffers& w) {
     switch (f.rank) {
-        case 8: return launch_contract<E, 8>(f);
-        case 16: return launch_contract<E, 16>(f);
-        case 32: return launch_contract<E, 32>(f);
-        case 64: return launch_contract<E, 64>(f);
+        case 8: return launch_contract<E, 8>(f, w);
+        case 16: return launch_contract<E, 16>(f, w);
+        case 32: return launch_contract<E, 32>(f, w);
+        case 64: return launch_contract<E, 64>(f, w);
         default: throw std::runtime_error("routed_lora contract: rank must be 8, 16, 32 or 64");
     }
 }
 
 }  // namespace
 
-void contract(const RoutedLoraBwd& f) {
-    if (f.compute_dtype == DType::bf16) choose_rank<bf16>(f);
-    else choose_rank<f16>(f);
+void contract(const RoutedLoraBwd& f, const Buffers& w) {
+    if (f.compute_dtype == DType::bf16) choose_rank<bf16>(f, w);
+    else choose_rank<f16>(f, w);
 }
 
 }  // namespace mtlora::cuda

@@ -14,7 +14,7 @@
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
-#include "cuda/routed_lora.h"
+#include "cuda/routed_lora_bwd.h"
 
 namespace mtlora::cuda {
 namespace {
@@ -22,10 +22,10 @@ namespace {
 constexpr int kTokens = 64;    // a step
 constexpr int kColumns = 256;  // four row tiles of the transposed product, two a warpgroup
 constexpr int kBoxBytes = kTokens * 128;
-constexpr int kThreads = 384;
+constexpr int kThreads = 384;  // two multiplying warpgroups and one that loads, with 384 x 168 registers
+constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
 constexpr int kMaxStages = 8;
-constexpr int kWeightPitch = 66;  // floats of an expert's 64 tokens: even, and 16 experts touch different banks
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;  // 128 and 256 threads share 384 x 168
+constexpr int kWeightRow = kTokens * 2;  // bytes of an expert in a tile of pi
 
 // BF = features of a block.
 template <int BF>
@@ -38,12 +38,13 @@ struct FeatureTile {
 struct TokenArgs {
     CUtensorMap features;  // dout or x: (features of a group, groups, T)
     CUtensorMap columns;   // h: (rank, T), or [d(h) | d(logits)]: (columns, T)
-    const void *pi, *scale;
+    const char* pi_tiles;
+    const void* scale;
     void *out, *out_router;  // d(lora_b), or d(lora_a) and d(router); each may be absent
     DType out_dtype, router_dtype;
     float factor;
     int tokens, chunk, stages, stage_bytes, ring_bytes;
-    int feature_tiles, group_size, groups, experts, rank;
+    int feature_tiles, group_size, groups, experts, tile_experts, rank;
     int width;         // columns of the product
     int first_router;  // the column where those of d(router) start
 };
@@ -72,7 +73,13 @@ template <bool mixed, int BF>
 __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     const int boxes = mixed ? 1 : (t.columns + 63) / 64;
     constexpr int kFeatureBytes = FeatureTile<BF>::kBytes;
-    const int bytes = kFeatureBytes + (mixed ? kTokens * p.rank * 2 : boxes * kBoxBytes);
+    const int h_bytes = kTokens * p.rank * 2, weight_bytes = kColumns / p.rank * kWeightRow;
+    const int bytes = kFeatureBytes + (mixed ? h_bytes + weight_bytes : boxes * kBoxBytes);
+    const char* weights = nullptr;
+    if constexpr (mixed) {
+        const int64_t tile = int64_t(t.group) * ((p.tokens + kTokens - 1) / kTokens) + t.token / kTokens;
+        weights = p.pi_tiles + (tile * p.tile_experts + t.column / p.rank) * kWeightRow;
+    }
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         char* const stage = shared + ring.stage * p.stage_bytes;
@@ -87,58 +94,20 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
         for (int box = 0; box < boxes; ++box) {
             tma_load(stage + kFeatureBytes + box * kBoxBytes, &p.columns, barrier, t.column * !mixed + box * 64, token);
         }
-        ring.advance(p.stages);
-    }
-}
-
-// w of the block's experts as fp32, transposed to [expert][token], zeros beyond the last expert or token. Three warps
-// take turns at the steps.
-template <class E, int BF>
-__device__ void load_weights(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
-    constexpr int kBatch = 8;  // loads in flight
-    const int turn = threadIdx.x / 32 % 4 - 1, lane = threadIdx.x % 32;
-    const int experts = kColumns / p.rank, first = t.column / p.rank;
-    const int expert = lane % experts, stride = 32 / experts;  // tokens a load spans
-    const bool live = first + expert < p.experts;
-    const float scale = p.scale && live ? to_float(static_cast<const E*>(p.scale)[first + expert]) : 1.0f;
-    Ring ring;
-    for (int step = 0; step < t.steps; ++step) {
-        if (step % 3 == turn) {
-            float* const to = reinterpret_cast<float*>(shared + ring.stage * p.stage_bytes +
-                                                       FeatureTile<BF>::kBytes + kTokens * p.rank * 2) +
-                              expert * kWeightPitch;
-            const int row = p.groups * p.experts, token = t.token + step * kTokens;
-            const int tokens = live ? min(kTokens, p.tokens - token) : 0;
-            const E* const from = static_cast<const E*>(p.pi) + (int64_t(token) * p.groups + t.group) * p.experts +
-                                  first + expert;
-            bool free = false;
-            for (int i = lane / experts; i < kTokens; i += kBatch * stride) {
-                E w[kBatch];
-#pragma unroll
-                for (int n = 0; n < kBatch; ++n) {
-                    const int at = i + n * stride;
-                    w[n] = at < tokens ? from[at * row] : rounded<E>(0.0f);
-                }
-                if (!free) barrier_wait(empty + ring.stage, ring.parity ^ 1);
-                free = true;
-#pragma unroll
-                for (int n = 0; n < kBatch; ++n) {
-                    const int at = i + n * stride;
-                    if (at < kTokens) to[at] = to_float(w[n]) * scale;
-                }
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(full + ring.stage);
+        if constexpr (mixed) {
+            bulk_load(stage + kFeatureBytes + h_bytes, weights, uint32_t(weight_bytes), barrier);
+            weights += p.tile_experts * kWeightRow;
         }
         ring.advance(p.stages);
     }
 }
 
-// A pair of tokens of z: w and h rounded to E after one fp32 product each.
+// A pair of tokens of z: one rounding of pi h, or of (pi s) h with pi s in fp32.
 template <class E>
-__device__ uint32_t mixed_h(uint32_t h, float2 w) {
-    const float2 v = to_float2(bits_as<Pair<E>>(h));
-    return bits_as<uint32_t>(rounded2<E>(w.x * v.x, w.y * v.y));
+__device__ uint32_t mixed_h(uint32_t h, uint32_t pi, bool scaled, float scale) {
+    if (!scaled) return bits_as<uint32_t>(__hmul2_rn(bits_as<Pair<E>>(pi), bits_as<Pair<E>>(h)));
+    const float2 w = to_float2(bits_as<Pair<E>>(pi)), v = to_float2(bits_as<Pair<E>>(h));
+    return bits_as<uint32_t>(rounded2<E>((w.x * scale) * v.x, (w.y * scale) * v.y));
 }
 
 // The product of `tiles` row tiles of 64 columns each (number warpgroup, warpgroup + 2 of the block), then its sums to
@@ -153,10 +122,17 @@ __device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, u
     uint32_t offset = uint32_t((lane / 16 * 8 + lane % 8) * pitch + (lane & 8 ? high : low) * 2);
     offset ^= ((offset >> 7) & mask) << 4;
 
-    int expert[tiles];  // offset of its weights
+    int expert[tiles];  // within the block's columns; rank 8: the lower rows belong to the next one
+    float scale[tiles][2];
+    const bool scaled = mixed && p.scale;
 #pragma unroll
     for (int m = 0; m < tiles; ++m) {
-        expert[m] = mixed ? (64 * (warpgroup + 2 * m) + 16 * warp) / p.rank * kWeightPitch + 2 * q : 0;
+        expert[m] = (64 * (warpgroup + 2 * m) + 16 * warp) / p.rank;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int n = t.column / p.rank + expert[m] + (p.rank == 8 ? i : 0);
+            scale[m][i] = scaled && n < p.experts ? to_float(static_cast<const E*>(p.scale)[n]) : 0.0f;
+        }
     }
 
     float c[tiles][BF / 2];
@@ -169,24 +145,23 @@ __device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, u
 #pragma unroll
         for (int k = 0; k < kTokens / 16; ++k) {
             if constexpr (mixed) {
-                const float* const weights =
-                    reinterpret_cast<const float*>(stage + FeatureTile<BF>::kBytes + kTokens * p.rank * 2) + 16 * k;
+                const char* const weights = stage + FeatureTile<BF>::kBytes + kTokens * p.rank * 2 + 32 * k + 4 * q;
                 uint32_t h[4];
                 load_transposed(h, rows + k * 16 * pitch);
 #pragma unroll
                 for (int m = 0; m < tiles; ++m) {
-                    const float* const at = weights + expert[m];
-                    const float2 w0 = *reinterpret_cast<const float2*>(at);
-                    const float2 w1 = *reinterpret_cast<const float2*>(at + 8);
-                    float2 w2 = w0, w3 = w1;
-                    if (p.rank == 8) {  // the lower rows belong to the next expert
-                        w2 = *reinterpret_cast<const float2*>(at + kWeightPitch);
-                        w3 = *reinterpret_cast<const float2*>(at + kWeightPitch + 8);
+                    const char* const at = weights + expert[m] * kWeightRow;
+                    const uint32_t w0 = *reinterpret_cast<const uint32_t*>(at);
+                    const uint32_t w1 = *reinterpret_cast<const uint32_t*>(at + 16);
+                    uint32_t w2 = w0, w3 = w1;
+                    if (p.rank == 8) {
+                        w2 = *reinterpret_cast<const uint32_t*>(at + kWeightRow);
+                        w3 = *reinterpret_cast<const uint32_t*>(at + kWeightRow + 16);
                     }
-                    a[m][4 * k] = mixed_h<E>(h[0], w0);
-                    a[m][4 * k + 1] = mixed_h<E>(h[1], w2);
-                    a[m][4 * k + 2] = mixed_h<E>(h[2], w1);
-                    a[m][4 * k + 3] = mixed_h<E>(h[3], w3);
+                    a[m][4 * k] = mixed_h<E>(h[0], w0, scaled, scale[m][0]);
+                    a[m][4 * k + 1] = mixed_h<E>(h[1], w2, scaled, scale[m][1]);
+                    a[m][4 * k + 2] = mixed_h<E>(h[2], w1, scaled, scale[m][0]);
+                    a[m][4 * k + 3] = mixed_h<E>(h[3], w3, scaled, scale[m][1]);
                 }
             } else {
 #pragma unroll
@@ -313,7 +288,7 @@ __global__ void __launch_bounds__(kThreads, 1) token_kernel(const __grid_constan
     const int multiplying = t.columns > 64 ? 2 : 1;
     if (threadIdx.x == 0) {
         for (int s = 0; s < p.stages; ++s) {
-            barrier_init(full + s, mixed ? 2 : 1);
+            barrier_init(full + s, 1);
             barrier_init(empty + s, 4 * uint32_t(multiplying));
         }
         barrier_init_fence();
@@ -322,11 +297,10 @@ __global__ void __launch_bounds__(kThreads, 1) token_kernel(const __grid_constan
     grid_dependency_wait();
     launch_dependents();
 
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, as setmaxnreg asks
     if (warpgroup == 2) {
         shrink_registers<kProducerRegisters>();
         if (threadIdx.x == 256) load_tiles<mixed, BF>(p, t, shared, full, empty);
-        if (mixed && threadIdx.x >= 288) load_weights<E, BF>(p, t, shared, full, empty);
         cluster_sync();
         cluster_sync();
     } else {
@@ -350,6 +324,7 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int n
     p.chunk = int(f.token_chunk);
     p.experts = int(f.experts);
     p.rank = int(f.rank);
+    p.tile_experts = tile_experts(f);
     p.feature_tiles = int(ceil_div(p.group_size, BF));
     const int chunks = int(ceil_div(f.tokens, f.token_chunk));
     const dim3 grid(unsigned(chunks), unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, kColumns)));
@@ -357,13 +332,13 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int n
 }
 
 template <class E>
-void launch_grad_b(const RoutedLoraBwd& f) {
+void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups;
     TokenArgs p = {};
     p.features = tensor_map(f.dout.data, f.compute_dtype,
                             {{size, 1, 64}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});
     p.columns = tensor_map(f.h.data, f.compute_dtype, {{f.rank, 1, int(f.rank)}, {f.tokens, f.rank, kTokens}});
-    p.pi = f.pi.data;
+    p.pi_tiles = static_cast<const char*>(w.pi_tiles);
     p.scale = f.expert_scale.data;
     p.out = f.dlora_b.data;
     p.out_dtype = f.dlora_b.dtype;
@@ -371,8 +346,7 @@ void launch_grad_b(const RoutedLoraBwd& f) {
     p.group_size = int(size);
     p.groups = int(f.groups);
     p.width = int(f.experts * f.rank);
-    const int experts = kColumns / int(f.rank);
-    const int narrow_bytes = kTokens * int(f.rank) * 2 + experts * kWeightPitch * 4;
+    const int narrow_bytes = kTokens * int(f.rank) * 2 + kColumns / int(f.rank) * kWeightRow;
     auto padded = [&](int features) { return ceil_div(size, features) * features; };
     // Narrower tiles where the group's tail would waste products.
     if (size <= 32) launch_tokens<E, true, 32>("routed_lora grad_b", p, f, narrow_bytes);
@@ -381,13 +355,13 @@ void launch_grad_b(const RoutedLoraBwd& f) {
 }
 
 template <class E>
-void launch_grad_rows(const RoutedLoraBwd& f) {
+void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     TokenArgs p = {};
     p.features = tensor_map(f.x.data, f.compute_dtype,
                             {{f.d_in, 1, 64}, {1, f.d_in, 1}, {f.tokens, f.x.stride[0], kTokens}});
     p.first_router = padded_rank(f);
     p.width = f.router.data ? p.first_router + int(f.groups * f.experts) : int(f.rank);
-    p.columns = tensor_map(f.rows, f.compute_dtype, {{p.width, 1, 64}, {f.tokens, row_pitch(f), kTokens}});
+    p.columns = tensor_map(w.rows, f.compute_dtype, {{p.width, 1, 64}, {f.tokens, row_pitch(f), kTokens}});
     p.out = f.dlora_a.data;
     p.out_dtype = f.dlora_a.dtype;
     p.out_router = f.drouter.data;
@@ -399,14 +373,14 @@ void launch_grad_rows(const RoutedLoraBwd& f) {
 
 }  // namespace
 
-void grad_b(const RoutedLoraBwd& f) {
-    if (f.compute_dtype == DType::bf16) launch_grad_b<bf16>(f);
-    else launch_grad_b<f16>(f);
+void grad_b(const RoutedLoraBwd& f, const Buffers& w) {
+    if (f.compute_dtype == DType::bf16) launch_grad_b<bf16>(f, w);
+    else launch_grad_b<f16>(f, w);
 }
 
-void grad_rows(const RoutedLoraBwd& f) {
-    if (f.compute_dtype == DType::bf16) launch_grad_rows<bf16>(f);
-    else launch_grad_rows<f16>(f);
+void grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
+    if (f.compute_dtype == DType::bf16) launch_grad_rows<bf16>(f, w);
+    else launch_grad_rows<f16>(f, w);
 }
 
 }  // namespace mtlora::cuda

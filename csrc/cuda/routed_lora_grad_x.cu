@@ -9,7 +9,7 @@
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
-#include "cuda/routed_lora.h"
+#include "cuda/routed_lora_bwd.h"
 
 namespace mtlora::cuda {
 namespace {
@@ -17,7 +17,7 @@ namespace {
 constexpr int kTokens = 64;
 constexpr int kBoxBytes = 64 * 128;  // 64 tokens by 64 columns, 64 columns or tokens by 64 features
 constexpr int kStages = 3;  // of each warpgroup
-constexpr int kThreads = 384;
+constexpr int kThreads = 288;  // two multiplying warpgroups and a loading warp
 
 struct GradXArgs {
     CUtensorMap dh, dlogits, a, router, dx;
@@ -175,10 +175,10 @@ __global__ void __launch_bounds__(kThreads, 1) grad_x_kernel(const __grid_consta
 }
 
 template <class E, int BF>
-void launch_grad_x(const RoutedLoraBwd& f, int chunks) {
+void launch_grad_x(const RoutedLoraBwd& f, const Buffers& w, int chunks) {
     GradXArgs p = {};
     const int64_t router_rows = f.router.data ? f.groups * f.experts : 0, pitch = row_pitch(f);
-    const char* const rows = static_cast<const char*>(f.rows);
+    const char* const rows = static_cast<const char*>(w.rows);
     p.dh = tensor_map(rows, f.compute_dtype, {{f.rank, 1, 64}, {f.tokens, pitch, kTokens}});
     p.a = tensor_map(f.lora_a.data, f.compute_dtype, {{f.d_in, 1, 64}, {f.rank, f.d_in, 64}});
     if (router_rows) {
@@ -196,17 +196,17 @@ void launch_grad_x(const RoutedLoraBwd& f, int chunks) {
 }
 
 template <class E>
-void choose_features(const RoutedLoraBwd& f) {
+void choose_features(const RoutedLoraBwd& f, const Buffers& w) {
     const int chunks = 1 + (f.router.data ? int(ceil_div(f.groups * f.experts, 64)) : 0);
-    if (shared_bytes(128, chunks) <= kMaxSharedBytes) launch_grad_x<E, 128>(f, chunks);
-    else launch_grad_x<E, 64>(f, chunks);
+    if (shared_bytes(128, chunks) <= kMaxSharedBytes) launch_grad_x<E, 128>(f, w, chunks);
+    else launch_grad_x<E, 64>(f, w, chunks);
 }
 
 }  // namespace
 
-void grad_x(const RoutedLoraBwd& f) {
-    if (f.compute_dtype == DType::bf16) choose_features<bf16>(f);
-    else choose_features<f16>(f);
+void grad_x(const RoutedLoraBwd& f, const Buffers& w) {
+    if (f.compute_dtype == DType::bf16) choose_features<bf16>(f, w);
+    else choose_features<f16>(f, w);
 }
 
 }  // namespace mtlora::cuda

@@ -7,9 +7,16 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.arithmetic import token_chunk
-from ..reference.routed_lora_bwd import expert_block
 from .cuda import copyable
 from .params import set_common, set_fields
+
+
+def _packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """w as the kernels read weights: contiguous from a 16-byte boundary."""
+    if w is None:
+        return None
+    w = w.to(dtype).contiguous()
+    return w if w.data_ptr() % 16 == 0 else w.clone()
 
 
 def routed_lora_bwd(
@@ -51,8 +58,7 @@ def routed_lora_bwd(
 
     E = h.dtype
     dout, x = copyable(dout.to(E)), copyable(x)
-    a, b, r = (None if w is None else w.to(E).contiguous() for w in (lora_a, lora_b, router))
-    scale = None if expert_scale is None else expert_scale.to(E).contiguous()
+    a, b, r, scale = (_packed(w, E) for w in (lora_a, lora_b, router, expert_scale))
     dload = None if dload is None else dload.to(torch.float32).contiguous()
     params = _C.RoutedLoraBwd()
     set_common(params, x, a, b, r, scale, seed, h, pi, scaling, activation, dropout_p)
@@ -60,18 +66,7 @@ def routed_lora_bwd(
         params, stream=torch.cuda.current_stream(x.device).cuda_stream, token_chunk=token_chunk(tokens), dout=dout,
         dload=dload, dx=dx, dlora_a=da, dlora_b=db, drouter=dr, dpi=dpi, dexpert_scale=ds,
     )  # fmt: skip
-    needs_rows = need_x or need_a or need_router
-    if needs_rows:
-        blocks = -(-experts // expert_block(experts, rank))
-        dh = h.new_empty(blocks, tokens, rank, dtype=torch.float32)
-        columns = max(16, rank) + (0 if router is None else groups * experts)
-        rows = h.new_empty(tokens, -(-columns // 8) * 8)
-        set_fields(params, dh=dh.data_ptr(), rows=rows.data_ptr())
-    if need_weights or need_scale or (needs_rows and router is not None):
-        dw = torch.empty(pi.shape, dtype=torch.float32, device=x.device)
-        set_fields(params, dlogits=dw.data_ptr())
-    if need_scale:
-        workspace = ds.new_empty(_C.sum_rows_workspace(tokens * groups, experts))
-        set_fields(params, workspace=workspace.data_ptr())
+    workspace = torch.empty(_C.routed_lora_bwd_workspace(params), dtype=torch.uint8, device=x.device)
+    set_fields(params, workspace=workspace.data_ptr())
     _C.routed_lora_bwd_cuda(params)
     return dx, da, db, dr, dpi, None if ds is None else ds.to(expert_scale.dtype)
