@@ -33,7 +33,8 @@ struct ContractArgs {
     float *dw, *dh;  // [T, G, N] and [blocks, T, rank]; either may be absent
     int tokens, groups, experts;
     int steps;   // tiles of outputs in a group
-    int blocks;  // of columns; b_tiles holds an even number
+    int blocks, tile_blocks;  // of columns: live ones, those in b_tiles
+    int per_block;            // a block's: one for each multiplying warpgroup
 };
 
 // s[:n/2] + s[n/2:] until one is left.
@@ -83,7 +84,7 @@ template <class E, int R>
 __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
     constexpr int kExperts = kColumns / R;
     const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
-    const int block = int(blockIdx.y) * kWarpgroups + warpgroup;
+    const int block = int(blockIdx.y) * p.per_block + warpgroup;
     const int first = block * kExperts, valid = min(kExperts, p.experts - first);
     const int token = first_token + warp * 16 + lane / 4;
     const uint32_t cluster = cluster_size();
@@ -193,18 +194,18 @@ __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* ful
 
 // Tiles of both, one thread.
 __device__ inline void load(const ContractArgs& p, char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
-    const uint32_t cluster = cluster_size(), share = kWarpgroups * kWeightTileBytes / cluster;
+    const uint32_t cluster = cluster_size(), bytes = uint32_t(p.per_block) * kWeightTileBytes, share = bytes / cluster;
     const uint16_t all = uint16_t((1u << cluster) - 1);
-    const int64_t pitch = int64_t(gridDim.y) * kWarpgroups * kWeightTileBytes;  // of the tiles of a step
+    const int64_t pitch = int64_t(p.tile_blocks) * kWeightTileBytes;  // of a step
     const uint32_t mine = cluster_rank() * share;
-    const char* from = p.b_tiles + int64_t(blockIdx.y) * kWarpgroups * kWeightTileBytes + mine;
+    const char* from = p.b_tiles + int64_t(blockIdx.y) * bytes + mine;
     Ring ring;
     for (int group = 0; group < p.groups; ++group) {
         for (int step = 0; step < p.steps; ++step, from += pitch) {
             char* const tile = tiles + ring.stage * kStageBytes;
             uint64_t* const barrier = full + ring.stage;
             barrier_wait(empty + ring.stage, ring.parity ^ 1);
-            barrier_expect(barrier, kStageBytes);
+            barrier_expect(barrier, kDoutBytes + bytes);
             tma_load(tile, &p.dout, barrier, step * kDepth, group, first_token);
             if (cluster == 1) bulk_load(tile + kDoutBytes, from, share, barrier);
             else bulk_load_multicast(tile + kDoutBytes + mine, from, share, barrier, all);
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
     char* const tiles = raw + (1024 - smem_address(raw) % 1024) % 1024;
     uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + kStages * kStageBytes);
     uint64_t* const empty = full + kStages;
-    const int warpgroups = min(kWarpgroups, p.blocks - int(blockIdx.y) * kWarpgroups);
+    const int warpgroups = min(p.per_block, p.blocks - int(blockIdx.y) * p.per_block);
     const int first_token = int(blockIdx.x) * kTokens;
     if (threadIdx.x == 0) {
         for (int s = 0; s < kStages; ++s) {
@@ -260,7 +261,9 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     p.experts = int(f.experts);
     p.steps = int(ceil_div(size, kDepth));
     p.blocks = int(ceil_div(f.experts * R, kColumns));
-    const dim3 grid(unsigned(ceil_div(tiles, cluster) * cluster), unsigned(ceil_div(p.blocks, kWarpgroups)));
+    p.tile_blocks = weight_blocks(f);
+    p.per_block = p.blocks == 1 || tiles * p.blocks <= multiprocessors() ? 1 : kWarpgroups;
+    const dim3 grid(unsigned(ceil_div(tiles, cluster) * cluster), unsigned(ceil_div(p.blocks, p.per_block)));
     launch<contract_kernel<E, R>>("routed_lora contract", grid, kThreads, kSharedBytes, f.stream, true, p, cluster);
 }
 

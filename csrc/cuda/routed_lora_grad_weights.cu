@@ -331,6 +331,19 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int n
     launch<token_kernel<E, mixed, BF>>(name, grid, kThreads, 1024 + p.ring_bytes + barrier_bytes, f.stream, true, p, chunks);
 }
 
+template <class E, bool mixed>
+void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int narrow_bytes) {
+    auto padded = [&](int features) { return ceil_div(p.group_size, features) * features; };
+    auto few = [&](int features) {
+        return ceil_div(f.tokens, f.token_chunk) * p.groups * ceil_div(p.group_size, features) *
+                   ceil_div(p.width, kColumns) < multiprocessors() * 3 / 4;
+    };
+    // Narrower where the group's tail would waste products, and where blocks would be too few.
+    if (p.group_size <= 32 || few(64)) launch_tokens<E, mixed, 32>(name, p, f, narrow_bytes);
+    else if (padded(64) < padded(128) || few(128)) launch_tokens<E, mixed, 64>(name, p, f, narrow_bytes);
+    else launch_tokens<E, mixed, 128>(name, p, f, narrow_bytes);
+}
+
 template <class E>
 void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups;
@@ -346,12 +359,7 @@ void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
     p.group_size = int(size);
     p.groups = int(f.groups);
     p.width = int(f.experts * f.rank);
-    const int narrow_bytes = kTokens * int(f.rank) * 2 + kColumns / int(f.rank) * kWeightRow;
-    auto padded = [&](int features) { return ceil_div(size, features) * features; };
-    // Narrower tiles where the group's tail would waste products.
-    if (size <= 32) launch_tokens<E, true, 32>("routed_lora grad_b", p, f, narrow_bytes);
-    else if (padded(64) < padded(128)) launch_tokens<E, true, 64>("routed_lora grad_b", p, f, narrow_bytes);
-    else launch_tokens<E, true, 128>("routed_lora grad_b", p, f, narrow_bytes);
+    choose_features<E, true>("routed_lora grad_b", p, f, kTokens * int(f.rank) * 2 + kColumns / int(f.rank) * kWeightRow);
 }
 
 template <class E>
@@ -368,7 +376,7 @@ void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     p.router_dtype = f.drouter.dtype;
     p.group_size = int(f.d_in);
     p.groups = 1;
-    launch_tokens<E, false, 128>("routed_lora grad_rows", p, f, std::min(4, int(ceil_div(p.width, 64))) * kBoxBytes);
+    choose_features<E, false>("routed_lora grad_rows", p, f, std::min(4, int(ceil_div(p.width, 64))) * kBoxBytes);
 }
 
 }  // namespace
