@@ -37,7 +37,7 @@ def routed_lora_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The signature and returns of `reference.routed_lora_bwd.routed_lora_bwd`."""
-    (tokens, groups, experts), rank = pi.shape, lora_b.shape[2]
+    tokens = pi.shape[0]
     owners = (x, lora_a, lora_b, router, pi, expert_scale)
     need_x, need_a, need_b, need_router, need_weights, need_scale = (
         need and owner is not None for need, owner in zip(needs, owners, strict=True)
