@@ -1,6 +1,4 @@
 // The backward: which kernels run, their workspaces, and `route`, the small one between the products.
-#include "cuda/routed_lora_bwd.h"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -8,6 +6,7 @@
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
+#include "cuda/routed_lora_bwd.h"
 #include "cuda/sum_rows.h"
 
 namespace mtlora::cuda {
@@ -101,8 +100,8 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     w.dw = static_cast<float*>(carver.take(needs_dw, pairs * f.experts * 4));
     w.dh = static_cast<float*>(carver.take(needs_rows, blocks * f.tokens * f.rank * 4));
     w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
-    w.b_tiles = carver.take(needs_dw || needs_rows, f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) *
-                                                        kWeightTileBytes);
+    w.b_tiles = carver.take(needs_dw || needs_rows,
+                            f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
     w.pi_tiles = carver.take(f.dlora_b.data, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
     w.sums = static_cast<float*>(carver.take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;
@@ -136,8 +135,10 @@ void route(const RoutedLoraBwd& f, const Buffers& w) {
     if (w.dw) p.weight_blocks = int(ceil_div((f.tokens * f.groups) << p.log_lanes, kThreads));
     const int64_t h_blocks = w.dh ? ceil_div(f.tokens * p.padded_rank, kThreads) : 0;
     const dim3 grid(unsigned(p.weight_blocks + h_blocks));
-    if (f.compute_dtype == DType::bf16) launch<route_kernel<bf16>>("routed_lora route", grid, kThreads, 0, f.stream, true, p);
-    else launch<route_kernel<f16>>("routed_lora route", grid, kThreads, 0, f.stream, true, p);
+    if (f.compute_dtype == DType::bf16)
+        launch<route_kernel<bf16>>("routed_lora route", grid, kThreads, 0, f.stream, true, p);
+    else
+        launch<route_kernel<f16>>("routed_lora route", grid, kThreads, 0, f.stream, true, p);
 }
 
 int64_t routed_lora_bwd_workspace(const RoutedLoraBwd& f) {

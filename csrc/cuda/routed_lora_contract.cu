@@ -32,7 +32,7 @@ struct ContractArgs {
     const void *h, *pi, *scale;
     float *dw, *dh;  // [T, G, N] and [blocks, T, rank]; either may be absent
     int tokens, groups, experts;
-    int steps;   // tiles of outputs in a group
+    int steps;                // tiles of outputs in a group
     int blocks, tile_blocks;  // of columns: live ones, those in b_tiles
     int per_block;            // a block's: one for each multiplying warpgroup
 };
@@ -104,7 +104,8 @@ __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* ful
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int t = token + 8 * row;
-            const uint16_t* at = static_cast<const uint16_t*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + first;
+            const uint16_t* at =
+                static_cast<const uint16_t*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + first;
 #pragma unroll
             for (int e = 0; e < kExperts; ++e) w[row][e] = t < p.tokens && e < valid ? at[e] : uint16_t(0);
         }
@@ -207,8 +208,10 @@ __device__ inline void load(const ContractArgs& p, char* tiles, uint64_t* full, 
             barrier_wait(empty + ring.stage, ring.parity ^ 1);
             barrier_expect(barrier, kDoutBytes + bytes);
             tma_load(tile, &p.dout, barrier, step * kDepth, group, first_token);
-            if (cluster == 1) bulk_load(tile + kDoutBytes, from, share, barrier);
-            else bulk_load_multicast(tile + kDoutBytes + mine, from, share, barrier, all);
+            if (cluster == 1)
+                bulk_load(tile + kDoutBytes, from, share, barrier);
+            else
+                bulk_load_multicast(tile + kDoutBytes + mine, from, share, barrier, all);
             ring.advance(kStages);
         }
     }
@@ -270,19 +273,26 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
 template <class E>
 void choose_rank(const RoutedLoraBwd& f, const Buffers& w) {
     switch (f.rank) {
-        case 8: return launch_contract<E, 8>(f, w);
-        case 16: return launch_contract<E, 16>(f, w);
-        case 32: return launch_contract<E, 32>(f, w);
-        case 64: return launch_contract<E, 64>(f, w);
-        default: throw std::runtime_error("routed_lora contract: rank must be 8, 16, 32 or 64");
+        case 8:
+            return launch_contract<E, 8>(f, w);
+        case 16:
+            return launch_contract<E, 16>(f, w);
+        case 32:
+            return launch_contract<E, 32>(f, w);
+        case 64:
+            return launch_contract<E, 64>(f, w);
+        default:
+            throw std::runtime_error("routed_lora contract: rank must be 8, 16, 32 or 64");
     }
 }
 
 }  // namespace
 
 void contract(const RoutedLoraBwd& f, const Buffers& w) {
-    if (f.compute_dtype == DType::bf16) choose_rank<bf16>(f, w);
-    else choose_rank<f16>(f, w);
+    if (f.compute_dtype == DType::bf16)
+        choose_rank<bf16>(f, w);
+    else
+        choose_rank<f16>(f, w);
 }
 
 }  // namespace mtlora::cuda

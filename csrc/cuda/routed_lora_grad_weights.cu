@@ -306,8 +306,10 @@ __global__ void __launch_bounds__(kThreads, 1) token_kernel(const __grid_constan
     } else {
         grow_registers<kConsumerRegisters>();
         const int tiles = (t.columns - 64 * warpgroup + 127) / 128;
-        if (tiles == 2) multiply<E, mixed, BF, 2>(p, t, shared, full, empty, multiplying);
-        else if (tiles == 1) multiply<E, mixed, BF, 1>(p, t, shared, full, empty, multiplying);
+        if (tiles == 2)
+            multiply<E, mixed, BF, 2>(p, t, shared, full, empty, multiplying);
+        else if (tiles == 1)
+            multiply<E, mixed, BF, 1>(p, t, shared, full, empty, multiplying);
         cluster_sync();  // the sums of all chunks are in shared memory
         add_chunks<mixed, BF>(p, t, shared);
         cluster_sync();  // and have been read
@@ -328,7 +330,8 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int n
     p.feature_tiles = int(ceil_div(p.group_size, BF));
     const int chunks = int(ceil_div(f.tokens, f.token_chunk));
     const dim3 grid(unsigned(chunks), unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, kColumns)));
-    launch<token_kernel<E, mixed, BF>>(name, grid, kThreads, 1024 + p.ring_bytes + barrier_bytes, f.stream, true, p, chunks);
+    launch<token_kernel<E, mixed, BF>>(name, grid, kThreads, 1024 + p.ring_bytes + barrier_bytes, f.stream, true, p,
+                                       chunks);
 }
 
 template <class E, bool mixed>
@@ -336,12 +339,16 @@ void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int
     auto padded = [&](int features) { return ceil_div(p.group_size, features) * features; };
     auto few = [&](int features) {
         return ceil_div(f.tokens, f.token_chunk) * p.groups * ceil_div(p.group_size, features) *
-                   ceil_div(p.width, kColumns) < multiprocessors() * 3 / 4;
+                   ceil_div(p.width, kColumns) <
+               multiprocessors() * 3 / 4;
     };
     // Narrower where the group's tail would waste products, and where blocks would be too few.
-    if (p.group_size <= 32 || few(64)) launch_tokens<E, mixed, 32>(name, p, f, narrow_bytes);
-    else if (padded(64) < padded(128) || few(128)) launch_tokens<E, mixed, 64>(name, p, f, narrow_bytes);
-    else launch_tokens<E, mixed, 128>(name, p, f, narrow_bytes);
+    if (p.group_size <= 32 || few(64))
+        launch_tokens<E, mixed, 32>(name, p, f, narrow_bytes);
+    else if (padded(64) < padded(128) || few(128))
+        launch_tokens<E, mixed, 64>(name, p, f, narrow_bytes);
+    else
+        launch_tokens<E, mixed, 128>(name, p, f, narrow_bytes);
 }
 
 template <class E>
@@ -359,14 +366,15 @@ void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
     p.group_size = int(size);
     p.groups = int(f.groups);
     p.width = int(f.experts * f.rank);
-    choose_features<E, true>("routed_lora grad_b", p, f, kTokens * int(f.rank) * 2 + kColumns / int(f.rank) * kWeightRow);
+    choose_features<E, true>("routed_lora grad_b", p, f,
+                             kTokens * int(f.rank) * 2 + kColumns / int(f.rank) * kWeightRow);
 }
 
 template <class E>
 void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     TokenArgs p = {};
-    p.features = tensor_map(f.x.data, f.compute_dtype,
-                            {{f.d_in, 1, 64}, {1, f.d_in, 1}, {f.tokens, f.x.stride[0], kTokens}});
+    p.features =
+        tensor_map(f.x.data, f.compute_dtype, {{f.d_in, 1, 64}, {1, f.d_in, 1}, {f.tokens, f.x.stride[0], kTokens}});
     p.first_router = padded_rank(f);
     p.width = f.router.data ? p.first_router + int(f.groups * f.experts) : int(f.rank);
     p.columns = tensor_map(w.rows, f.compute_dtype, {{p.width, 1, 64}, {f.tokens, row_pitch(f), kTokens}});
@@ -382,13 +390,17 @@ void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
 }  // namespace
 
 void grad_b(const RoutedLoraBwd& f, const Buffers& w) {
-    if (f.compute_dtype == DType::bf16) launch_grad_b<bf16>(f, w);
-    else launch_grad_b<f16>(f, w);
+    if (f.compute_dtype == DType::bf16)
+        launch_grad_b<bf16>(f, w);
+    else
+        launch_grad_b<f16>(f, w);
 }
 
 void grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
-    if (f.compute_dtype == DType::bf16) launch_grad_rows<bf16>(f, w);
-    else launch_grad_rows<f16>(f, w);
+    if (f.compute_dtype == DType::bf16)
+        launch_grad_rows<bf16>(f, w);
+    else
+        launch_grad_rows<f16>(f, w);
 }
 
 }  // namespace mtlora::cuda

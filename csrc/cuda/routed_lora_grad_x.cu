@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kTokens = 64;
 constexpr int kBoxBytes = 64 * 128;  // 64 tokens by 64 columns, 64 columns or tokens by 64 features
-constexpr int kStages = 3;  // of each warpgroup
-constexpr int kThreads = 288;  // two multiplying warpgroups and a loading warp
+constexpr int kStages = 3;           // of each warpgroup
+constexpr int kThreads = 288;        // two multiplying warpgroups and a loading warp
 
 struct GradXArgs {
     CUtensorMap dh, dlogits, a, router, dx;
@@ -182,8 +182,8 @@ void launch_grad_x(const RoutedLoraBwd& f, const Buffers& w, int chunks) {
     p.dh = tensor_map(rows, f.compute_dtype, {{f.rank, 1, 64}, {f.tokens, pitch, kTokens}});
     p.a = tensor_map(f.lora_a.data, f.compute_dtype, {{f.d_in, 1, 64}, {f.rank, f.d_in, 64}});
     if (router_rows) {
-        p.dlogits = tensor_map(rows + 2 * padded_rank(f), f.compute_dtype,
-                               {{router_rows, 1, 64}, {f.tokens, pitch, kTokens}});
+        p.dlogits =
+            tensor_map(rows + 2 * padded_rank(f), f.compute_dtype, {{router_rows, 1, 64}, {f.tokens, pitch, kTokens}});
         p.router = tensor_map(f.router.data, f.compute_dtype, {{f.d_in, 1, 64}, {router_rows, f.d_in, 64}});
     }
     p.dx = tensor_map(f.dx.data, f.compute_dtype, {{f.d_in, 1, 64}, {f.tokens, f.d_in, kTokens}, {1, f.d_in, 1}});
@@ -198,15 +198,19 @@ void launch_grad_x(const RoutedLoraBwd& f, const Buffers& w, int chunks) {
 template <class E>
 void choose_features(const RoutedLoraBwd& f, const Buffers& w) {
     const int chunks = 1 + (f.router.data ? int(ceil_div(f.groups * f.experts, 64)) : 0);
-    if (shared_bytes(128, chunks) <= kMaxSharedBytes) launch_grad_x<E, 128>(f, w, chunks);
-    else launch_grad_x<E, 64>(f, w, chunks);
+    if (shared_bytes(128, chunks) <= kMaxSharedBytes)
+        launch_grad_x<E, 128>(f, w, chunks);
+    else
+        launch_grad_x<E, 64>(f, w, chunks);
 }
 
 }  // namespace
 
 void grad_x(const RoutedLoraBwd& f, const Buffers& w) {
-    if (f.compute_dtype == DType::bf16) choose_features<bf16>(f, w);
-    else choose_features<f16>(f, w);
+    if (f.compute_dtype == DType::bf16)
+        choose_features<bf16>(f, w);
+    else
+        choose_features<f16>(f, w);
 }
 
 }  // namespace mtlora::cuda

@@ -84,8 +84,8 @@ void pack(const RoutedLoraBwd& f, const Buffers& w) {
     if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * kTileUnits;
     p.b_blocks = int(ceil_div(p.b_units, kThreads));
     const int64_t pi_blocks = w.pi_tiles ? ceil_div(f.tokens, 64) * f.groups : 0;
-    launch<pack_kernel>("routed_lora pack", dim3(unsigned(p.b_blocks + pi_blocks)), kThreads, 64 * kPitch * 2,
-                        f.stream, true, p);
+    launch<pack_kernel>("routed_lora pack", dim3(unsigned(p.b_blocks + pi_blocks)), kThreads, 64 * kPitch * 2, f.stream,
+                        true, p);
 }
 
 }  // namespace mtlora::cuda
