@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+import mtlora_kernels as mk
+
 from .digits import TASKS, Digits, all_tasks, load_digits, task_batch
 from .registry import default_impls
 from .results import RESULTS, provenance
@@ -39,7 +41,10 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def train(backbone: DigitTransformer, digits: Digits, impl: str, steps: int, device: torch.device) -> TrainRun:
+def train(
+    backbone: DigitTransformer, digits: Digits, impl: str, steps: int, device: torch.device, spectral: float = 0.0
+) -> TrainRun:
+    """spectral is the factor of the spectral penalty of all adapters, which 0 leaves out."""
     torch.manual_seed(1)
     model = MultiTask(copy.deepcopy(backbone), impl).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -51,6 +56,8 @@ def train(backbone: DigitTransformer, digits: Digits, impl: str, steps: int, dev
         synchronize(device)
         start = time.perf_counter()
         loss = F.cross_entropy(model(images).flatten(0, 1), labels.flatten())
+        if spectral:
+            loss = loss + spectral * mk.spectral_penalty(model.backbone, impl=impl if impl == "reference" else None)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -62,7 +69,8 @@ def train(backbone: DigitTransformer, digits: Digits, impl: str, steps: int, dev
             print(f"  {impl}: step {step} of {steps}, loss {losses[-1]:.4f}", flush=True)
             last_print = now
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    return TrainRun(impl, losses, parameters, _accuracy(model, digits, device), quantiles(step_us[1:] or step_us))
+    label = f"{impl}, spectral penalty" if spectral else impl
+    return TrainRun(label, losses, parameters, _accuracy(model, digits, device), quantiles(step_us[1:] or step_us))
 
 
 @torch.no_grad()
@@ -89,6 +97,7 @@ def run(
     quick: bool = False,
     impls: Sequence[str] = (),
     steps: int | None = None,
+    spectral: float = 0.0,
     save: bool = True,
     folder: Path = RESULTS,
 ) -> int:
@@ -100,7 +109,7 @@ def run(
         digits = load_digits()
         backbone = pretrained_backbone(digits, device)
         names = ("reference", *(impls or default_impls(device)[-1:]))
-        runs = [train(backbone, digits, impl, steps, device) for impl in names]
+        runs = [train(backbone, digits, impl, steps, device, spectral) for impl in names]
     print_table(runs)
     status = 0
     for other in runs[1:]:

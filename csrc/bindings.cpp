@@ -4,9 +4,11 @@
 #include <string>
 
 #include "common/routed_lora.h"
+#include "common/spectral.h"
 #include "cpu/dispatch.h"
 #ifdef MTLORA_CUDA
 #include "cuda/routed_lora.h"
+#include "cuda/spectral.h"
 #include "cuda/sum_rows.h"
 #endif
 
@@ -112,13 +114,69 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("token_chunk", &RoutedLoraBwd::token_chunk)
         .def_property("workspace", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.workspace = pointer<void>(a); });
 
+    py::class_<Rsvd>(m, "Rsvd")
+        .def(py::init([] { return Rsvd{}; }))
+        .def_readwrite("batch", &Rsvd::batch)
+        .def_readwrite("rows", &Rsvd::rows)
+        .def_readwrite("cols", &Rsvd::cols)
+        .def_readwrite("rank", &Rsvd::rank)
+        .def_readwrite("sketch", &Rsvd::sketch)
+        .def_readwrite("power_iterations", &Rsvd::power_iterations)
+        .def_readwrite("seed", &Rsvd::seed)
+        .def_readwrite("threads", &Rsvd::threads)
+        .def_property("stream", nullptr, [](Rsvd& p, uintptr_t a) { p.stream = pointer<void>(a); })
+        .def_property("workspace", nullptr, [](Rsvd& p, uintptr_t a) { p.workspace = pointer<double>(a); })
+        .def_readwrite("matrices", &Rsvd::matrices)
+        .def_property("u", nullptr, [](Rsvd& p, uintptr_t a) { p.u = pointer<float>(a); })
+        .def_property("s", nullptr, [](Rsvd& p, uintptr_t a) { p.s = pointer<float>(a); })
+        .def_property("v", nullptr, [](Rsvd& p, uintptr_t a) { p.v = pointer<float>(a); });
+    py::class_<Spectral>(m, "Spectral")
+        .def_readwrite("layers", &Spectral::layers)
+        .def_readwrite("experts", &Spectral::experts)
+        .def_readwrite("rows", &Spectral::rows)
+        .def_readwrite("rank", &Spectral::rank)
+        .def_readwrite("pairwise", &Spectral::pairwise)
+        .def_readwrite("threads", &Spectral::threads)
+        .def_property("stream", nullptr, [](Spectral& p, uintptr_t a) { p.stream = pointer<void>(a); })
+        .def_property("workspace", nullptr, [](Spectral& p, uintptr_t a) { p.workspace = pointer<double>(a); })
+        .def_readwrite("lora_b", &Spectral::lora_b)
+        .def_property("weights", nullptr, [](Spectral& p, uintptr_t a) { p.weights = pointer<float>(a); });
+    py::class_<SpectralWeights, Spectral>(m, "SpectralWeights").def(py::init([] { return SpectralWeights{}; }));
+    py::class_<SpectralPenaltyFwd, Spectral>(m, "SpectralPenaltyFwd")
+        .def(py::init([] { return SpectralPenaltyFwd{}; }))
+        .def_property("loss", nullptr, [](SpectralPenaltyFwd& p, uintptr_t a) { p.loss = pointer<float>(a); })
+        .def_property("x", nullptr, [](SpectralPenaltyFwd& p, uintptr_t a) { p.x = pointer<void>(a); })
+        .def_property("c", nullptr, [](SpectralPenaltyFwd& p, uintptr_t a) { p.c = pointer<float>(a); });
+    py::class_<SpectralPenaltyBwd, SpectralPenaltyFwd>(m, "SpectralPenaltyBwd")
+        .def(py::init([] { return SpectralPenaltyBwd{}; }))
+        .def_property("dloss", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.dloss = pointer<const float>(a); })
+        .def_property("dlora_b", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.dlora_b = pointer<void>(a); })
+        .def_property("k", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.k = pointer<float>(a); })
+        .def_property("scaled_k", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.scaled_k = pointer<void>(a); })
+        .def_property("up", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.up = pointer<float>(a); })
+        .def_property("product", nullptr,
+                      [](SpectralPenaltyBwd& p, uintptr_t a) { p.product = pointer<const float>(a); });
+
     m.def("routed_lora_fwd_cpu", &cpu::routed_lora_fwd, py::call_guard<py::gil_scoped_release>());
     m.def("routed_lora_bwd_cpu", &cpu::routed_lora_bwd, py::call_guard<py::gil_scoped_release>());
+    m.def("batched_rsvd_cpu", &cpu::batched_rsvd, py::call_guard<py::gil_scoped_release>());
+    m.def("spectral_weights_cpu", &cpu::spectral_weights, py::call_guard<py::gil_scoped_release>());
+    m.def("spectral_penalty_fwd_cpu", &cpu::spectral_penalty_fwd, py::call_guard<py::gil_scoped_release>());
+    m.def("spectral_penalty_bwd_cpu", &cpu::spectral_penalty_bwd, py::call_guard<py::gil_scoped_release>());
 #ifdef MTLORA_CUDA
     m.def("routed_lora_fwd_cuda", &cuda::routed_lora_fwd);
     m.def("routed_lora_bwd_cuda", &cuda::routed_lora_bwd);
     m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
-    m.def("bwd_part", &cuda::bwd_part);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);
+    m.def("rsvd_workspace", &cuda::rsvd_workspace);
+    m.def("batched_rsvd_cuda", &cuda::batched_rsvd);
+    m.def("spectral_workspace", &cuda::spectral_workspace);
+    m.def("spectral_weights_cuda", &cuda::spectral_weights);
+    m.def("spectral_features_cuda", &cuda::spectral_features);
+    m.def("spectral_loss_cuda", &cuda::spectral_loss);
+    m.def("spectral_slope_cuda", &cuda::spectral_slope);
+    m.def("spectral_gradient_cuda", &cuda::spectral_gradient);
+    m.def("spectral_cross_product_cuda", &cuda::spectral_cross_product);
+    m.def("spectral_gradient_product_cuda", &cuda::spectral_gradient_product);
 #endif
 }

@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from .reference.routed_lora import GROUP_FORM_MIN_SIZE
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What limits may look at: dtypes and sizes, never values or addresses."""
 
     compute_dtype: torch.dtype
@@ -95,10 +95,11 @@ _BUILT = {
 }
 
 
-@torch.compiler.assume_constant_result
-@cache
 def _is_hopper(device: torch.device) -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
+    if not torch.cuda.is_available():
+        return False
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes as a constant
+    return (properties.major, properties.minor) == (9, 0)
 
 
 def _runs_on(impl: str, device: torch.device) -> bool:
@@ -120,6 +121,15 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 def resolve(impl: str | None, device: torch.device, call: Call) -> str:
     """The implementation of this call. None: the fastest that supports it; a name: that one or ValueError."""
+    if torch.compiler.is_compiling():
+        return _resolve(impl, device, call)
+    try:
+        return _resolve_once(impl, device, call)
+    except TypeError:  # a tracer's symbolic size has no hash
+        return _resolve(impl, device, call)
+
+
+def _resolve(impl: str | None, device: torch.device, call: Call) -> str:
     available = available_impls(device)
     if impl is None:
         # A CPU tensor reaches Triton's interpreter, a test tool, by name only: its own device type is "cuda".
@@ -134,8 +144,12 @@ def resolve(impl: str | None, device: torch.device, call: Call) -> str:
         raise ValueError(f"impl is {impl!r}, it must be one of {available} for tensors on {device}")
     reason = _TABLE[impl].limits(call)
     if reason is not None:
-        raise UnsupportedCall(f"impl is {impl!r}, it must be None or another one for this call: {reason}")
+        serving = tuple(name for name in available if _TABLE[name].limits(call) is None)
+        raise UnsupportedCall(f"impl is {impl!r}, it must be None or one of {serving} for this call: {reason}")
     return impl
+
+
+_resolve_once = cache(_resolve)
 
 
 @cache

@@ -45,6 +45,7 @@ sys.modules["mtlora_kernels"] = package
 import torch
 before = set(sys.modules)
 import mtlora_kernels.reference.routed_lora, mtlora_kernels.reference.routed_lora_bwd
+import mtlora_kernels.reference.spectral
 print(sorted(name for name in set(sys.modules) - before if not name.startswith(("mtlora_kernels", "torch"))))
 own = {name for name, module in sys.modules.items() if module and name.startswith("mtlora_kernels")}
 print(sorted(name for name in own if ".reference" not in name))
@@ -101,3 +102,25 @@ def test_modules_use_the_public_functions():
         for name in imports(path):
             parts = name.split(".")
             assert parts[0] != "mtlora_kernels" or parts[1] not in BACKENDS | {"ops"}, f"{path.name} imports {name}"
+
+
+def test_integrations_use_the_public_api():
+    public = {"mtlora_kernels"} | {f"mtlora_kernels.{name}" for name in ("testing", *mtlora_kernels.__all__)}
+    paths = list((PACKAGE.parent / "python" / "mtlora_integrations").rglob("*.py"))
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            deep = {name for name in names if name.startswith("mtlora_kernels.")} - public
+            assert not deep, f"{path.name} imports {deep}"
+    assert len(paths) > 1
+
+
+def test_swapping_imports_no_host():
+    code = f"""
+import sys
+sys.path.insert(0, {str(PACKAGE.parent / "python")!r})
+import mtlora_integrations
+print(sorted(set(sys.modules) & {{"peft", "transformers", "accelerate", "triton"}}))
+"""
+    assert run(code).strip() == "[]"

@@ -12,7 +12,10 @@ from mtlora_kernels.dispatch import IMPLS
 
 ROOT = Path(mk.__file__).parents[1]
 
-EXPORTS = {"available_impls", "balance_loss", "nn", "routed_lora", "testing"}
+EXPORTS = {
+    "SpectralWeights", "analysis", "available_impls", "available_spectral_impls", "balance_loss", "batched_rsvd", "nn",
+    "routed_lora", "spectral_penalty", "testing",
+}  # fmt: skip
 TESTING = {
     "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_results",
     "lattice_inputs", "published_layer", "random_inputs", "rounding_inputs", "run_case", "run_checks", "with_layout",
@@ -45,9 +48,15 @@ def test_signature_of_routed_lora():
         assert re.search(rf"^ +{name}: ", mk.routed_lora.__doc__, re.MULTILINE), f"{name} is not documented"
 
 
-def test_operators():
-    assert {str(op) for op in torch.ops.mtlora_kernels.routed_lora_fwd.overloads()} == {"default"}
-    assert {str(op) for op in torch.ops.mtlora_kernels.routed_lora_bwd.overloads()} == {"default"}
+@pytest.mark.parametrize(
+    "name",
+    [
+        "routed_lora_fwd", "routed_lora_bwd", "batched_rsvd", "spectral_weights", "spectral_penalty_fwd",
+        "spectral_penalty_bwd",
+    ],
+)  # fmt: skip
+def test_operators(name):
+    assert {str(op) for op in getattr(torch.ops.mtlora_kernels, name).overloads()} == {"default"}
 
 
 def test_available_impls():
@@ -55,6 +64,7 @@ def test_available_impls():
         available = mk.available_impls(device)
         assert available[0] == "reference"
         assert set(available) <= set(IMPLS)
+        assert mk.available_spectral_impls(device)[0] == "reference"
 
 
 def test_readme_table_is_the_list_of_implementations():

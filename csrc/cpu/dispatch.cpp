@@ -13,10 +13,14 @@
 
 namespace mtlora::cpu {
 
-#define MTLORA_DECLARE(ISA)                       \
-    namespace ISA {                               \
-    void routed_lora_fwd(const RoutedLoraFwd& p); \
-    void routed_lora_bwd(const RoutedLoraBwd& p); \
+#define MTLORA_DECLARE(ISA)                                 \
+    namespace ISA {                                         \
+    void routed_lora_fwd(const RoutedLoraFwd& p);           \
+    void routed_lora_bwd(const RoutedLoraBwd& p);           \
+    void batched_rsvd(const Rsvd& p);                       \
+    void spectral_weights(const SpectralWeights& p);        \
+    void spectral_penalty_fwd(const SpectralPenaltyFwd& p); \
+    void spectral_penalty_bwd(const SpectralPenaltyBwd& p); \
     }
 MTLORA_DECLARE(base)
 #ifdef MTLORA_X86
@@ -32,7 +36,21 @@ struct Kernels {
     bool supported;
     void (*routed_lora_fwd)(const RoutedLoraFwd&);
     void (*routed_lora_bwd)(const RoutedLoraBwd&);
+    void (*batched_rsvd)(const Rsvd&);
+    void (*spectral_weights)(const SpectralWeights&);
+    void (*spectral_penalty_fwd)(const SpectralPenaltyFwd&);
+    void (*spectral_penalty_bwd)(const SpectralPenaltyBwd&);
 };
+
+#define MTLORA_KERNELS(ISA, SUPPORTED) \
+    {#ISA,                             \
+     SUPPORTED,                        \
+     ISA::routed_lora_fwd,             \
+     ISA::routed_lora_bwd,             \
+     ISA::batched_rsvd,                \
+     ISA::spectral_weights,            \
+     ISA::spectral_penalty_fwd,        \
+     ISA::spectral_penalty_bwd}
 
 Kernels choose() {
 #ifdef MTLORA_X86
@@ -42,11 +60,12 @@ Kernels choose() {
 #endif
     const Kernels best_first[] = {
 #ifdef MTLORA_X86
-        {"avx512", has_avx512, avx512::routed_lora_fwd, avx512::routed_lora_bwd},
-        {"avx2", has_avx2, avx2::routed_lora_fwd, avx2::routed_lora_bwd},
+        MTLORA_KERNELS(avx512, has_avx512),
+        MTLORA_KERNELS(avx2, has_avx2),
 #endif
-        {"base", true, base::routed_lora_fwd, base::routed_lora_bwd},
+        MTLORA_KERNELS(base, true),
     };
+#undef MTLORA_KERNELS
     const char* named = std::getenv("MTLORA_CPU_ISA");
     for (const Kernels& kernels : best_first) {
         if (named ? std::strcmp(named, kernels.isa) == 0 && kernels.supported : kernels.supported) return kernels;
@@ -75,6 +94,18 @@ void routed_lora_fwd(const RoutedLoraFwd& p) {
 }
 void routed_lora_bwd(const RoutedLoraBwd& p) {
     kernels().routed_lora_bwd(p);
+}
+void batched_rsvd(const Rsvd& p) {
+    kernels().batched_rsvd(p);
+}
+void spectral_weights(const SpectralWeights& p) {
+    kernels().spectral_weights(p);
+}
+void spectral_penalty_fwd(const SpectralPenaltyFwd& p) {
+    kernels().spectral_penalty_fwd(p);
+}
+void spectral_penalty_bwd(const SpectralPenaltyBwd& p) {
+    kernels().spectral_penalty_bwd(p);
 }
 
 float* scratch(int64_t floats) {

@@ -1,4 +1,5 @@
-// The one matrix product of the CPU kernels: k in order, a separate multiply and add, vectors across columns.
+// The one matrix product of the CPU kernels, in float or double: k in order, a separate multiply and add, vectors
+// across columns.
 #pragma once
 
 #include "cpu/simd.h"
@@ -14,7 +15,9 @@ constexpr int MR = 16, VECS = 1;
 #else
 constexpr int MR = 6, VECS = 2;
 #endif
-constexpr int NR = VECS * VW;
+template <class T>
+constexpr int TILE = VECS * WIDTH<T>;
+constexpr int NR = TILE<float>;
 
 // Scratch rows hold whole register tiles, and their pitch is an odd number of cache lines, so that a column of
 // tiles spreads over all sets of the L1 cache.
@@ -22,29 +25,27 @@ static inline int64_t pitch(int64_t cols) {
     return round_up(cols, 32) + 16;
 }
 
-template <int ROWS, int COLS>
-static void tile(int64_t k, const float* a, int64_t a_row, int64_t a_k, const float* b, int64_t ldb, float* c,
-                 int64_t ldc, bool resume) {
-    vec acc[ROWS][COLS] = {};
-    if (resume) {
-        for (int i = 0; i < ROWS; ++i)
-            for (int j = 0; j < COLS; ++j) acc[i][j] = load(c + i * ldc + j * VW);
-    }
+template <int ROWS, int COLS, class T>
+static void tile(int64_t k, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, T* c, int64_t ldc,
+                 bool resume) {
+    Vector<T> acc[ROWS][COLS];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < COLS; ++j) acc[i][j] = resume ? load(c + i * ldc + j * WIDTH<T>) : Vector<T>{};
     for (int64_t p = 0; p < k; ++p) {
-        vec columns[COLS];
-        for (int j = 0; j < COLS; ++j) columns[j] = load(b + j * VW);
+        Vector<T> columns[COLS];
+        for (int j = 0; j < COLS; ++j) columns[j] = load(b + j * WIDTH<T>);
         for (int i = 0; i < ROWS; ++i)
             for (int j = 0; j < COLS; ++j) acc[i][j] += a[i * a_row] * columns[j];
         a += a_k;
         b += ldb;
     }
     for (int i = 0; i < ROWS; ++i)
-        for (int j = 0; j < COLS; ++j) store(c + i * ldc + j * VW, acc[i][j]);
+        for (int j = 0; j < COLS; ++j) store(c + i * ldc + j * WIDTH<T>, acc[i][j]);
 }
 
-template <int ROWS, int COLS>
-static inline void tile_of(int64_t rows, int64_t k, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                           int64_t ldb, float* c, int64_t ldc, bool resume) {
+template <int ROWS, int COLS, class T>
+static inline void tile_of(int64_t rows, int64_t k, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb,
+                           T* c, int64_t ldc, bool resume) {
     if constexpr (ROWS > 1) {
         if (rows < ROWS) return tile_of<ROWS - 1, COLS>(rows, k, a, a_row, a_k, b, ldb, c, ldc, resume);
     }
@@ -52,16 +53,17 @@ static inline void tile_of(int64_t rows, int64_t k, const float* a, int64_t a_ro
 }
 
 // c [m, n] = sum over k of a[i, p] b[p, j], continuing from c when resume, so that K may come in blocks.
-// a[i, p] is at a + i * a_row + p * a_k. Rows of b and c are read and written up to a multiple of NR columns.
-static void gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t a_row, int64_t a_k, const float* b,
-                 int64_t ldb, float* c, int64_t ldc, bool resume) {
+// a[i, p] is at a + i * a_row + p * a_k. Rows of b and c are read and written up to a multiple of TILE<T> columns.
+template <class T>
+static void gemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t ldb, T* c,
+                 int64_t ldc, bool resume) {
     const int64_t step = ceil_div(m, ceil_div(m, MR));  // tiles of about equal height
-    for (int64_t j = 0; j < n; j += NR) {
+    for (int64_t j = 0; j < n; j += TILE<T>) {
         for (int64_t i = 0; i < m; i += step) {
             const int64_t rows = min(step, m - i);
-            const float* a_i = a + i * a_row;
-            float* c_ij = c + i * ldc + j;
-            if (VECS == 1 || n - j <= VW) {
+            const T* a_i = a + i * a_row;
+            T* c_ij = c + i * ldc + j;
+            if (VECS == 1 || n - j <= WIDTH<T>) {
                 tile_of<MR, 1>(rows, k, a_i, a_row, a_k, b + j, ldb, c_ij, ldc, resume);
             } else {
                 tile_of<MR, VECS>(rows, k, a_i, a_row, a_k, b + j, ldb, c_ij, ldc, resume);
@@ -96,7 +98,7 @@ static inline void transpose_square(vec (&rows)[VW]) {
 }
 
 // dst[j][i] = src[i][j] for i < rows, j < cols. Reads whole vectors of src and writes whole vectors of dst.
-static void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst) {
+static inline void transpose(const float* src, int64_t ld_src, int64_t rows, int64_t cols, float* dst, int64_t ld_dst) {
     for (int64_t i0 = 0; i0 < rows; i0 += VW) {
         for (int64_t j0 = 0; j0 < cols; j0 += VW) {
             vec square[VW];

@@ -40,15 +40,17 @@ static inline float tree_sum(int64_t n, Value value) {
 }
 
 // The same tree over the rows of [rows, n], left in row 0; the others are overwritten. Room for 32 rows.
-static inline void tree_sum_rows(float* v, int64_t rows, int64_t n) {
-    for (int64_t i = kSumLanes * n; i < rows * n; ++i) v[i % (kSumLanes * n)] += v[i];
+template <class T>
+static inline void tree_sum_rows(T* v, int64_t rows, int64_t n) {
+    for (int64_t row = kSumLanes; row < rows; row += kSumLanes)
+        for (int64_t i = 0; i < min(kSumLanes, rows - row) * n; ++i) v[i] += v[row * n + i];
     int64_t lanes = min(kSumLanes, next_power_of_two(rows));
     for (int64_t i = rows * n; i < lanes * n; ++i) v[i] = 0;
     while (lanes > 1) {
         lanes /= 2;
-        const float* upper = v + lanes * n;
+        const T* upper = v + lanes * n;
         int64_t i = 0;
-        for (; i + VW <= lanes * n; i += VW) store(v + i, load(v + i) + load(upper + i));
+        for (; i + WIDTH<T> <= lanes * n; i += WIDTH<T>) store(v + i, load(v + i) + load(upper + i));
         for (; i < lanes * n; ++i) v[i] += upper[i];
     }
 }
@@ -108,10 +110,27 @@ static inline void softmax_row(float* row, int64_t n) {
     for (int64_t j = 0; j < n; j += VW) store(row + j, load(row + j) / sum);
 }
 
-// ---- Dropout ----
+// ---- Random numbers ----
+
+// Philox 4x32-10 on BLOCKS counters; the words replace the counters.
+template <int BLOCKS>
+static inline void philox(uint64_t seed, uint32_t (&c)[4][BLOCKS]) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (int round = 0; round < 10; ++round) {
+        for (int i = 0; i < BLOCKS; ++i) {
+            const uint64_t p0 = uint64_t(c[0][i]) * 0xD2511F53u, p1 = uint64_t(c[2][i]) * 0xCD9E8D57u;
+            c[0][i] = uint32_t(p1 >> 32) ^ c[1][i] ^ k0;
+            c[1][i] = uint32_t(p1);
+            c[2][i] = uint32_t(p0 >> 32) ^ c[3][i] ^ k1;
+            c[3][i] = uint32_t(p0);
+        }
+        k0 += 0x9E3779B9u;
+        k1 += 0xBB67AE85u;
+    }
+}
 
 // row[i] = keep_scale * row[i] where element (token, first + i) is kept, else 0; first is a multiple of 4.
-static void dropout_row(const RoutedLora& p, int64_t token, int64_t first, int64_t n, float* row) {
+static inline void dropout_row(const RoutedLora& p, int64_t token, int64_t first, int64_t n, float* row) {
     constexpr int BLOCKS = 16;
     const uint64_t seed = *p.seed;
     const uint32_t threshold = p.drop_threshold;
@@ -124,18 +143,7 @@ static void dropout_row(const RoutedLora& p, int64_t token, int64_t first, int64
             c[1][i] = uint32_t(token);
             c[2][i] = c[3][i] = 0;
         }
-        uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-        for (int round = 0; round < 10; ++round) {
-            for (int i = 0; i < BLOCKS; ++i) {
-                const uint64_t p0 = uint64_t(c[0][i]) * 0xD2511F53u, p1 = uint64_t(c[2][i]) * 0xCD9E8D57u;
-                c[0][i] = uint32_t(p1 >> 32) ^ c[1][i] ^ k0;
-                c[1][i] = uint32_t(p1);
-                c[2][i] = uint32_t(p0 >> 32) ^ c[3][i] ^ k1;
-                c[3][i] = uint32_t(p0);
-            }
-            k0 += 0x9E3779B9u;
-            k1 += 0xBB67AE85u;
-        }
+        philox(seed, c);
         for (int64_t i = 0; i < min(4 * BLOCKS, n - start); ++i) {
             const bool kept = c[i % 4][i / 4] >= threshold;
             row[start + i] = kept ? row[start + i] * keep_scale : 0;

@@ -22,6 +22,7 @@ constexpr int VW = 4;
 #endif
 
 typedef float vec __attribute__((vector_size(4 * VW)));
+typedef double dvec __attribute__((vector_size(4 * VW)));
 typedef int32_t ivec __attribute__((vector_size(4 * VW)));
 typedef uint32_t uvec __attribute__((vector_size(4 * VW)));
 typedef uint16_t hvec __attribute__((vector_size(2 * VW)));
@@ -47,6 +48,18 @@ static inline vec load(const float* p) {
 static inline void store(float* p, vec v) {
     memcpy(p, &v, sizeof v);
 }
+static inline dvec load(const double* p) {
+    return load_as<dvec>(p);
+}
+static inline void store(double* p, dvec v) {
+    memcpy(p, &v, sizeof v);
+}
+
+// The vector of an element type, and how many elements it holds.
+template <class T>
+using Vector = decltype(load((const T*)nullptr));
+template <class T>
+constexpr int WIDTH = sizeof(vec) / sizeof(T);
 
 static inline int64_t min(int64_t a, int64_t b) {
     return a < b ? a : b;

@@ -1,9 +1,9 @@
-#include "cuda/launch.h"
-
 #include <cuda_runtime.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "cuda/launch.h"
 
 namespace mtlora::cuda {
 namespace {
@@ -37,13 +37,19 @@ CUtensorMapSwizzle swizzle_of(int row_bytes) {
     }
 }
 
+int attribute(cudaDeviceAttr which) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, which, current_device()), "cudaDeviceGetAttribute");
+    return value;
+}
+
 }  // namespace
 
 void check(cudaError_t status, const char* kernel) {
     if (status == cudaSuccess) return;
     cudaGetLastError();  // a launch error is not sticky once read
     std::string message = std::string(kernel) + ": " + cudaGetErrorString(status);
-    if (status == cudaErrorNoKernelImageForDevice) message += "; these kernels are built for compute capability 9.0";
+    if (status == cudaErrorNoKernelImageForDevice) message += "; this extension was not built for this device";
     throw std::runtime_error(message);
 }
 
@@ -54,9 +60,11 @@ int current_device() {
 }
 
 int multiprocessors() {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, current_device()), "cudaDeviceGetAttribute");
-    return count;
+    return attribute(cudaDevAttrMultiProcessorCount);
+}
+
+int max_shared_bytes() {
+    return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
 }
 
 CUtensorMap tensor_map(const void* data, DType dtype, std::initializer_list<Dimension> dimensions) {

@@ -12,13 +12,15 @@
 
 namespace mtlora::cuda {
 
-constexpr int kMaxSharedBytes = 227 * 1024;  // of a block on Hopper
+constexpr int kMaxSharedBytes = 227 * 1024;     // of a block on Hopper
+constexpr int kDefaultSharedBytes = 48 * 1024;  // more has to be asked for; static arrays count too
 
 // Throws std::runtime_error with the kernel's name and what CUDA says.
 void check(cudaError_t status, const char* kernel);
 
 int current_device();
 int multiprocessors();
+int max_shared_bytes();  // of a block on this device
 
 // A tiled view of `data` (bf16 or f16): sizes and box in elements from the innermost dimension, which is contiguous;
 // strides in elements, of the other dimensions. swizzle follows the bytes of a row of the box (128 at most).
@@ -33,11 +35,13 @@ CUtensorMap tensor_map(const void* data, DType dtype, std::initializer_list<Dime
 template <auto kernel, class Params>
 void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* stream, bool dependent,
             const Params& params, int cluster = 1) {
-    static std::atomic<uint64_t> prepared{0};  // a bit per device
-    const uint64_t device = uint64_t(1) << (current_device() & 63);
-    if (!(prepared.load(std::memory_order_relaxed) & device)) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes), name);
-        prepared.fetch_or(device, std::memory_order_relaxed);
+    if (shared_bytes > kDefaultSharedBytes) {
+        static std::atomic<uint64_t> prepared{0};  // a bit per device
+        const uint64_t device = uint64_t(1) << (current_device() & 63);
+        if (!(prepared.load(std::memory_order_relaxed) & device)) {
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()), name);
+            prepared.fetch_or(device, std::memory_order_relaxed);
+        }
     }
     cudaLaunchAttribute attributes[2];
     unsigned count = 0;

@@ -15,7 +15,6 @@ void expand(const RoutedLoraFwd& f);   // out, from h and pi
 
 int64_t routed_lora_bwd_workspace(const RoutedLoraBwd& f);  // bytes
 void routed_lora_bwd(const RoutedLoraBwd& f);
-void bwd_part(const RoutedLoraBwd& f, int part);
 
 inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;

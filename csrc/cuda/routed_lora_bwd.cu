@@ -147,17 +147,6 @@ int64_t routed_lora_bwd_workspace(const RoutedLoraBwd& f) {
     return carver.used;
 }
 
-void bwd_part(const RoutedLoraBwd& f, int part) {
-    Carver carver{static_cast<char*>(f.workspace)};
-    const Buffers w = carve(f, carver);
-    if (part == 0) pack(f, w);
-    if (part == 1) contract(f, w);
-    if (part == 2) route(f, w);
-    if (part == 3) grad_b(f, w);
-    if (part == 4) grad_x(f, w);
-    if (part == 5) grad_rows(f, w);
-}
-
 void routed_lora_bwd(const RoutedLoraBwd& f) {
     Carver carver{static_cast<char*>(f.workspace)};
     const Buffers w = carve(f, carver);

@@ -5,7 +5,6 @@
 // it to all.
 #include <cuda_runtime.h>
 
-#include <cstdlib>
 #include <stdexcept>
 
 #include "cuda/cluster.cuh"
@@ -248,8 +247,7 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
 template <class E, int R>
 void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups, tiles = ceil_div(f.tokens, kTokens);
-    int cluster = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
-    if (const char* forced = getenv("MTLORA_CLUSTER")) cluster = atoi(forced);
+    const int cluster = tiles >= 2 ? 2 : 1;
     ContractArgs p = {};
     p.dout = tensor_map(f.dout.data, f.compute_dtype,
                         {{size, 1, kDepth}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});

@@ -45,7 +45,8 @@ def routed_lora_fwd(
                 scaling, activation, dropout_p)  # fmt: skip
     eager = numerics == "eager"  # "fp32" rounds once, so where its sum starts makes no difference
     set_fields(
-        params, threads=torch.get_num_threads(), eager=eager, accumulate_into_residual=eager and accumulate_into_residual, residual=residual, out=out,
+        params, threads=torch.get_num_threads(), eager=eager,
+        accumulate_into_residual=eager and accumulate_into_residual, residual=residual, out=out,
         load=load if return_load else None,
     )  # fmt: skip
     _C.routed_lora_fwd_cpu(params)

@@ -6,7 +6,8 @@ from .compare import assert_bitwise_equal, differences
 from .inputs import Inputs, random_inputs, with_layout
 from .lattice import lattice_inputs, rounding_inputs
 from .oracle import float64_results, published_layer
-from .run import Row, run_checks
+from .rows import Row
+from .run import run_checks
 
 __all__ = [
     "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_results",

@@ -1,49 +1,26 @@
 """Which checks a device and an implementation get, and the loop that runs them."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 
 from ..dispatch import UnsupportedCall, available_impls
+from ..spectral_dispatch import available_spectral_impls
 from . import cases
 from .checks import against_float64, against_published, against_reference, batch_invariance, repeats, strided
-from .inputs import LAYOUTS, Inputs, random_inputs
+from .inputs import LAYOUTS, random_inputs
 from .lattice import lattice_inputs, rounding_inputs
+from .rows import Check, Row
+from .spectral_run import spectral_checks
 
 BF16, FP32 = torch.bfloat16, torch.float32
 FLOATS = (BF16, torch.float16, FP32)
 NUMERICS = ("fp32", "eager")
-
-
-@dataclass
-class Check:
-    kind: str
-    shape: Sequence[int]  # (T, d_in, d_out, r, N, G)
-    dtype: torch.dtype
-    options: dict  # of the maker and of routed_lora
-    make: Callable[..., Inputs]
-    run: Callable[[str, Inputs], list[str]]
-    note: dict = field(default_factory=dict)
-
-    def label(self) -> str:
-        given = {"dtype": self.dtype} | self.options | self.note
-        values = {name: str(value).removeprefix("torch.") for name, value in given.items()}
-        return f"{','.join(map(str, self.shape))} " + " ".join(f"{name}={value}" for name, value in values.items())
-
-
-@dataclass
-class Row:
-    """One check: mismatches is empty when every output and gradient agrees to the last bit."""
-
-    device: str
-    impl: str
-    kind: str
-    case: str
-    mismatches: list[str]
-    seconds: float
 
 
 def _random_checks(kind: str, quick: bool) -> Iterator[Check]:
@@ -125,24 +102,50 @@ def checks_for(impl: str, device: torch.device, quick: bool) -> Iterator[Check]:
         yield from _self_checks(kind, quick)
 
 
+def _run_check(task: tuple[str, str, Check]) -> Row | None:
+    """An exception is a mismatch; None if the implementation does not serve the call."""
+    device, impl, check = task
+    start = time.perf_counter()
+    try:
+        inputs = check.make(*check.shape, dtype=check.dtype, device=torch.device(device), **check.options)
+        mismatches = check.run(impl, inputs)
+    except UnsupportedCall:
+        return None
+    except Exception as error:
+        mismatches = [f"{type(error).__name__}: {error}"]
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the other jobs need the device's memory too
+    return Row(device, impl, check.kind, check.label(), mismatches, time.perf_counter() - start)
+
+
 def run_checks(
     devices: Sequence[str], impls: Sequence[str] | None = None, quick: bool = False,
-    progress: Callable[[Row], None] = lambda row: None,
+    progress: Callable[[Row], None] = lambda row: None, jobs: int = 1,
 ) -> list[Row]:  # fmt: skip
-    """Every check of the available implementations, or the given among them; an exception is a mismatch."""
+    """Every check of the available implementations, or the given among them, in the list's order.
+
+    With jobs > 1 that many fresh processes share the list: most of a first check on a GPU is compiling.
+    """
+    suites = ((available_impls, checks_for), (available_spectral_impls, spectral_checks))
+    tasks = [
+        (device, impl, check)
+        for device in devices
+        for available, checks in suites
+        for impl in available(device)
+        if impls is None or impl in impls
+        for check in checks(impl, torch.device(device), quick)
+    ]
     rows = []
-    for device in map(torch.device, devices):
-        for impl in (impl for impl in available_impls(device) if impls is None or impl in impls):
-            for check in checks_for(impl, device, quick):
-                start = time.perf_counter()
-                try:
-                    inputs = check.make(*check.shape, dtype=check.dtype, device=device, **check.options)
-                    mismatches = check.run(impl, inputs)
-                except UnsupportedCall:
-                    continue
-                except Exception as error:
-                    mismatches = [f"{type(error).__name__}: {error}"]
-                seconds = time.perf_counter() - start
-                rows.append(Row(str(device), impl, check.kind, check.label(), mismatches, seconds))
-                progress(rows[-1])
+
+    def collect(results: Iterator[Row | None]) -> None:
+        for row in filter(None, results):
+            rows.append(row)
+            progress(row)
+
+    if jobs == 1:
+        collect(map(_run_check, tasks))
+    else:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as workers:
+            collect(workers.map(_run_check, tasks))
     return rows

@@ -1,0 +1,128 @@
+"""What the spectral functions accept, brought into the shapes of their operators."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .validation import require_shape, require_tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_WIDTH = 64  # of the matrices whose eigenvalues are computed: rank + oversampling, and the rank of an adapter
+MAX_SHORT_SIDE = 256
+KINDS = ("pairwise", "gram")
+
+Layers = Tensor | Sequence[Tensor | Sequence[Tensor]] | nn.Module
+
+
+def _require_int(name: str, value: object, low: int, high: int, meaning: str = "") -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {type(value).__name__}, it must be an int")
+    if not low <= value <= high:
+        raise ValueError(f"{name} is {value}, it must be in [{low}, {high}]{meaning}")
+
+
+def _require_float(name: str, value: object, dim: int) -> None:
+    require_tensor(name, value, dim=dim)
+    if value.dtype not in DTYPES:
+        raise ValueError(f"{name} has dtype {value.dtype}, it must be one of {DTYPES}")
+
+
+def stacked_matrices(matrices: Tensor | Sequence[Tensor]) -> Tensor:
+    """matrices as one tensor [batch, m, n]; a sequence of matrices of one shape is stacked."""
+    if isinstance(matrices, Tensor):
+        _require_float("matrices", matrices, 3)
+    else:
+        if not matrices:
+            raise ValueError("matrices is an empty sequence, it must hold one matrix [m, n] at least")
+        for i, matrix in enumerate(matrices):
+            _require_float(f"matrices[{i}]", matrix, 2)
+            require_shape(f"matrices[{i}]", matrix, matrices[0].shape, "the shape of matrices[0]")
+        matrices = torch.stack(list(matrices))
+    if min(matrices.shape[1:]) < 1:
+        raise ValueError(f"matrices has shape {tuple(matrices.shape)}, m and n must be positive")
+    return matrices
+
+
+def sketch_size(matrices: Tensor, rank: int, oversampling: int, power_iterations: int, seed: int) -> int:
+    """l = min(rank + oversampling, m, n), the width of the sketch; raises for what does not fit."""
+    short = min(matrices.shape[1:])
+    if short > MAX_SHORT_SIDE:
+        raise ValueError(
+            f"matrices has shape {tuple(matrices.shape)}, the shorter of m and n must be at most {MAX_SHORT_SIDE}"
+        )
+    _require_int("rank", rank, 1, short, " = [1, min(m, n)]")
+    _require_int("oversampling", oversampling, 0, 2**31)
+    _require_int("power_iterations", power_iterations, 0, 64)
+    _require_int("seed", seed, 0, 2**63 - 1)
+    sketch = min(rank + oversampling, short)
+    if sketch > MAX_WIDTH:
+        raise ValueError(f"min(rank + oversampling, m, n) is {sketch}, it must be at most {MAX_WIDTH}")
+    return sketch
+
+
+def adapter_layers(model: nn.Module) -> list[Tensor | list[Tensor]]:
+    """The experts of every adapter in model, found by the published names of their parameters: `lora_B` [N, d, r],
+    alone or with an adapter's name behind it, or one [d, r] per expert, `lora_B.{i}.weight` or `lora_B{i}.weight`."""
+    found: dict[str, list[tuple[int, Tensor]]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.rstrip("0123456789") == "lora_B"), None)
+        if at is not None:
+            numbers = [parts[at].removeprefix("lora_B"), *parts[at + 1 :]]
+            expert = next((int(number) for number in numbers if number.isdigit()), 0)
+            adapter = [part for part in parts[at + 1 :] if not part.isdigit() and part != "weight"]
+            found.setdefault(".".join((*parts[:at], *adapter)), []).append((expert, parameter))
+    if not found:
+        raise ValueError(f"lora_b is a {type(model).__name__} without parameters named lora_B, it must have adapters")
+    layers = [[b for _, b in sorted(experts, key=lambda e: e[0])] for experts in found.values()]
+    return [experts[0] if experts[0].dim() == 3 else experts for experts in layers]
+
+
+def _experts(name: str, layer: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """One layer as a list of tensors, [N, d, r] or N times [d, r], that `torch.stack` or a view makes [N, d, r]."""
+    if isinstance(layer, Tensor):
+        _require_float(name, layer, 3)
+        return [layer]
+    if not layer:
+        raise ValueError(f"{name} is an empty sequence, it must hold one tensor [d, r] per expert")
+    for i, b in enumerate(layer):
+        _require_float(f"{name}[{i}]", b, 2)
+        require_shape(f"{name}[{i}]", b, layer[0].shape, f"the shape of {name}[0]")
+    return list(layer)
+
+
+def layer_stacks(lora_b: Layers) -> list[Tensor]:
+    """lora_b as tensors [L, N, d, r], one per shape, dtype and device that occurs, in order of first occurrence."""
+    if isinstance(lora_b, nn.Module):
+        lora_b = adapter_layers(lora_b)
+    if isinstance(lora_b, Tensor):
+        require_tensor("lora_b", lora_b, min_dim=3)
+        _require_float("lora_b", lora_b, max(3, min(4, lora_b.dim())))
+        stacks = [lora_b if lora_b.dim() == 4 else lora_b[None]]
+    else:
+        if not lora_b:
+            raise ValueError("lora_b is an empty sequence, it must hold one layer at least")
+        if all(isinstance(b, Tensor) and b.dim() == 2 for b in lora_b):
+            lora_b = [lora_b]
+        groups: dict[tuple, list[Tensor]] = {}
+        for i, layer in enumerate(lora_b):
+            experts = _experts(f"lora_b[{i}]", layer)
+            first, count = experts[0], len(experts) if experts[0].dim() == 2 else len(experts[0])
+            groups.setdefault((count, *first.shape[-2:], first.dtype, first.device), []).extend(experts)
+        stacks = []
+        for (count, d, rank, *_), tensors in groups.items():
+            mixed = len({t.dim() for t in tensors}) > 1
+            tensors = [e for t in tensors for e in (t if t.dim() == 3 else t[None])] if mixed else tensors
+            stacks.append(
+                torch.stack(tensors).view(-1, count, d, rank)
+                if len(tensors) > 1
+                else tensors[0].view(1, count, d, rank)
+            )
+    for stack in stacks:
+        _, _, d, rank = stack.shape
+        if min(stack.shape) < 1:
+            raise ValueError(f"lora_b has a layer stack of shape {tuple(stack.shape)}, every size must be positive")
+        if rank > min(d, MAX_WIDTH):
+            raise ValueError(f"lora_b has rank {rank} and d = {d}, the rank must be at most d and at most {MAX_WIDTH}")
+    return stacks

@@ -1,0 +1,208 @@
+"""The spectral operators: matrices that break decompositions, float64 answers, and one question per function."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..spectral import batched_rsvd, spectral_penalty
+from .compare import differences
+from .inputs import Draw
+
+RANK_1, EQUAL, GRADED = "rank 1", "equal values", "graded"
+
+
+@dataclass
+class Matrices:
+    """Arguments of one `batched_rsvd` call."""
+
+    a: Tensor
+    options: dict
+
+
+@dataclass
+class Adapters:
+    """lora_b [L, N, d, r] and the other arguments of one `spectral_penalty` call."""
+
+    lora_b: Tensor
+    options: dict
+
+
+def _orthonormal(draw: Draw, batch: int, m: int, n: int) -> Tensor:
+    return torch.linalg.qr(draw.normal(batch, m, n).double())[0]
+
+
+def with_spectrum(draw: Draw, batch: int, m: int, n: int, values: Tensor) -> Tensor:
+    """[batch, m, n] in fp32 with random singular vectors and the given singular values [min(m, n)]."""
+    k = min(m, n)
+    return ((_orthonormal(draw, batch, m, k) * values) @ _orthonormal(draw, batch, n, k).mT).float()
+
+
+def trap_matrices(batch: int, m: int, n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Finite matrices [batch, m, n] on which published solvers return NaN, hang or lose orthogonality."""
+    draw, k = Draw(0, device), min(m, n)
+    ones = torch.ones(k, dtype=torch.float64, device=device)
+    plain, powers = draw.normal(batch, m, n), torch.linspace(0, -12, k, dtype=torch.float64, device=device)
+    traps = {
+        "zeros": torch.zeros_like(plain),
+        RANK_1: draw.normal(batch, m, 1) @ draw.normal(batch, 1, n),
+        EQUAL: with_spectrum(draw, batch, m, n, 3 * ones),
+        GRADED: with_spectrum(draw, batch, m, n, 10**powers),
+        "graded columns": plain * (10 ** torch.linspace(0, -12, n, device=device)),
+        "1e-30": plain * 1e-30,
+        "1e30": plain * 1e30,
+        "identity": torch.eye(m, n, device=device).expand(batch, m, n),
+        "random": plain,
+    }
+    for name, column in (("zero column", torch.zeros_like(plain[:, :, 0])), ("equal columns", plain[:, :, -1])):
+        traps[name] = plain.clone()
+        traps[name][:, :, n // 2] = column
+    return traps
+
+
+def make_matrices(
+    batch: int, m: int, n: int, *, dtype: torch.dtype, device: torch.device | str, trap: str = "random", **options
+) -> Matrices:
+    a = trap_matrices(batch, m, n, device)[trap] if batch else torch.empty(0, m, n, device=device)
+    return Matrices(a.to(dtype), {"rank": min(m, n)} | options)
+
+
+def make_adapters(
+    L: int, N: int, d: int, r: int, *, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0, **options
+) -> Adapters:
+    """Experts with decaying singular values and a shared part, as training leaves them; scale 0 as it starts."""
+    draw = Draw(0, device)
+    decay = 2.0 ** -torch.arange(r, device=device)
+    lora_b = draw.normal(L, N, d, r) * decay + draw.normal(L, 1, d, r)
+    return Adapters((lora_b * (scale / d**0.5)).to(dtype), options)
+
+
+def _factors(impl: str, inputs: Matrices) -> dict[str, Tensor]:
+    return dict(zip("usv", batched_rsvd(inputs.a, **inputs.options, impl=impl), strict=True))
+
+
+def penalty_results(impl: str | None, inputs: Adapters) -> dict[str, Tensor]:
+    """loss and dlora_b for an upstream gradient that is not 1."""
+    leaf = inputs.lora_b.detach().requires_grad_()
+    loss = spectral_penalty(leaf, **inputs.options, impl=impl)
+    (grad,) = torch.autograd.grad(loss * 1.7, leaf)
+    return {"loss": loss.detach(), "dlora_b": grad}
+
+
+def float64_penalty(lora_b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by LAPACK, loops over layers, experts and pairs, and autograd, in float64."""
+    b = lora_b.detach().double().cpu().requires_grad_()
+    loss, (layers, experts, _, rank) = b.sum() * 0, b.shape
+    for layer in b.unbind():
+        weighted = []
+        for expert in layer.unbind():
+            _, s, vh = torch.linalg.svd(expert.detach(), full_matrices=False)
+            w = torch.exp(-s / (s.mean() + 1e-8))
+            if kind == "pairwise":
+                weighted.append(expert @ vh.T @ torch.diag(w.sqrt()) @ vh)
+            else:
+                c = expert.detach().norm() / rank**0.5 + 1e-8
+                gap = expert.T @ expert - c**2 * torch.eye(rank, dtype=b.dtype)
+                loss = loss + (torch.outer(w, w) * gap).square().sum() / (layers * experts)
+        for j, second in enumerate(weighted):
+            for first in weighted[:j]:
+                loss = loss + (first.T @ second).square().sum()
+    return loss.detach(), torch.autograd.grad(loss, b)[0]
+
+
+def _beyond(errors: dict[str, tuple[Tensor | float, float]]) -> list[str]:
+    """One message for each error that is not within its limit; NaN is not."""
+    return [f"{name} is {float(e):.3g}, limit {limit:.3g}" for name, (e, limit) in errors.items() if not e <= limit]
+
+
+def rsvd_against_reference(impl: str, inputs: Matrices) -> list[str]:
+    return differences(_factors(impl, inputs), _factors("reference", inputs))
+
+
+def rsvd_against_lapack(impl: str, inputs: Matrices) -> list[str]:
+    """The exact case against float64 LAPACK, and orthonormal factors also in the null space."""
+    u, s, vh = (factor.double().cpu() for factor in _factors(impl, inputs).values())
+    a = inputs.a.double().cpu()
+    expected = torch.linalg.svdvals(a)
+    largest = expected[:, 0].clamp(min=1e-300)
+    eye = torch.eye(s.shape[1], dtype=torch.float64)
+    rest = torch.linalg.matrix_norm(a - (u * s[:, None]) @ vh, 2)
+    return _beyond(
+        {
+            "singular values": (((s - expected).abs().amax(1) / largest).max(), 1e-6),
+            "U^T U - I": (torch.linalg.matrix_norm(u.mT @ u - eye, 2).max(), 1e-5),
+            "V^T V - I": (torch.linalg.matrix_norm(vh @ vh.mT - eye, 2).max(), 1e-5),
+            "A - U S V": ((rest / largest).max(), 1e-5),
+        }
+    )
+
+
+def rsvd_against_best(impl: str, inputs: Matrices, *, allowed: float) -> list[str]:
+    """A truncated decomposition: the Frobenius error over that of the best one of its rank, and its factors."""
+    u, s, vh = (factor.double().cpu() for factor in _factors(impl, inputs).values())
+    a, rank = inputs.a.double().cpu(), inputs.options["rank"]
+    best = torch.linalg.svdvals(a)[:, rank:].square().sum(1).sqrt()
+    eye = torch.eye(rank, dtype=torch.float64)
+    error = torch.linalg.matrix_norm(a - (u * s[:, None]) @ vh)
+    return _beyond(
+        {
+            "error over the best": ((error / best).max(), allowed),
+            "U^T U - I": (torch.linalg.matrix_norm(u.mT @ u - eye, 2).max(), 1e-5),
+            "V^T V - I": (torch.linalg.matrix_norm(vh @ vh.mT - eye, 2).max(), 1e-5),
+        }
+    )
+
+
+def rsvd_alone(impl: str, inputs: Matrices) -> list[str]:
+    """Each matrix, one of them NaN, gives in a batch the bits it gives alone; only the NaN one is NaN."""
+    a = inputs.a.clone()
+    a[1, 0, 0] = torch.nan
+    together = _factors(impl, Matrices(a, inputs.options))
+    messages = []
+    for i in range(len(a)):
+        alone = _factors(impl, Matrices(a[i : i + 1], inputs.options))
+        expected = {name: factor[i : i + 1] for name, factor in together.items()}
+        messages += [f"matrix {i}: {message}" for message in differences(alone, expected)]
+        wrong = [name for name, factor in alone.items() if factor.isnan().any() != (i == 1)]
+        messages += [f"matrix {i}: {name} is NaN or should be" for name in wrong]
+    return messages
+
+
+def penalty_against_reference(impl: str, inputs: Adapters) -> list[str]:
+    return differences(penalty_results(impl, inputs), penalty_results("reference", inputs))
+
+
+def penalty_against_float64(impl: str, inputs: Adapters) -> list[str]:
+    """Within a few roundings of the storage dtype; exactly zero gradients and about zero loss for zero experts."""
+    results = penalty_results(impl, inputs)
+    loss, grad = float64_penalty(inputs.lora_b, inputs.options["kind"])
+    eps = torch.finfo(inputs.lora_b.dtype).eps
+    if not inputs.lora_b.any():
+        return _beyond({"loss": (results["loss"].abs(), 1e-30), "dlora_b": (results["dlora_b"].abs().max(), 0.0)})
+    error = torch.linalg.vector_norm(results["dlora_b"].double().cpu() - 1.7 * grad)
+    return _beyond(
+        {
+            "loss, relative": ((results["loss"].double().cpu() - loss).abs() / loss, max(4 * eps, 1e-5)),
+            "dlora_b, relative": (error / torch.linalg.vector_norm(1.7 * grad), max(4 * eps, 1e-5)),
+        }
+    )
+
+
+def repeated(results: Callable[[str, object], dict[str, Tensor]], impl: str, inputs: object) -> list[str]:
+    first = results(impl, inputs)
+    return [message for _ in range(2) for message in differences(results(impl, inputs), first)]
+
+
+def penalty_replayed(impl: str, inputs: Adapters) -> list[str]:
+    """A CUDA graph of forward and backward, replayed on other values, gives the bits of eager calls."""
+    expected = penalty_results(impl, inputs)
+    static = Adapters(torch.zeros_like(inputs.lora_b), inputs.options)
+    penalty_results(impl, static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = penalty_results(impl, static)
+    static.lora_b.copy_(inputs.lora_b)
+    graph.replay()
+    return differences(results, expected)

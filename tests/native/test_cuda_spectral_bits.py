@@ -1,0 +1,120 @@
+"""The spectral CUDA kernels against the reference on the same GPU: every result equal to the last bit."""
+
+import pytest
+import torch
+
+from mtlora_kernels import available_spectral_impls
+
+if not torch.cuda.is_available() or "cuda" not in available_spectral_impls("cuda"):
+    pytest.skip("no GPU, or no CUDA kernels for it", allow_module_level=True)
+
+from mtlora_kernels.native import cuda_spectral
+from mtlora_kernels.reference import rsvd, spectral
+from mtlora_kernels.testing import assert_bitwise_equal, with_layout
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("pairwise", "gram")
+# batch, m, n, rank, sketch, power iterations
+MATRICES = [
+    (3, 200, 16, 16, 16, 0), (2, 7, 5, 3, 5, 0), (1, 1, 1, 1, 1, 0), (2, 33, 3, 2, 2, 1), (2, 300, 40, 5, 13, 1),
+    (2, 100, 64, 64, 64, 0), (1, 70, 64, 20, 28, 2), (2, 4096, 16, 16, 16, 0), (1, 300, 256, 64, 64, 1),
+    (2, 130, 24, 8, 24, 0), (3, 520, 33, 33, 33, 0), (0, 20, 4, 2, 3, 1),
+]  # fmt: skip
+# layers, experts, d, r
+ADAPTERS = [
+    (2, 3, 40, 8), (1, 2, 60, 5), (1, 1, 4, 1), (2, 15, 50, 16), (1, 40, 33, 3), (1, 25, 130, 16), (2, 16, 1024, 16),
+    (1, 2, 64, 64), (1, 3, 300, 6),
+]  # fmt: skip
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+
+
+def check_rsvd(a: torch.Tensor, *settings: int) -> None:
+    results = zip(cuda_spectral.batched_rsvd(a, *settings, 7), rsvd.batched_rsvd(a, *settings, 7), strict=True)
+    for name, (actual, expected) in zip("usv", results, strict=True):
+        assert_bitwise_equal(actual, expected, name)
+
+
+def check_penalty(lora_b: torch.Tensor, kind: str) -> None:
+    weights = spectral.spectral_weights(lora_b, kind)
+    assert_bitwise_equal(cuda_spectral.spectral_weights(lora_b, kind), weights, "weights")
+    expected = spectral.spectral_penalty_fwd(lora_b, weights, kind)
+    actual = cuda_spectral.spectral_penalty_fwd(lora_b, weights, kind)
+    for name, a, e in zip(("loss", "x", "c"), actual, expected, strict=True):
+        assert_bitwise_equal(a, e, name)
+    saved = (torch.tensor(1.7, device="cuda"), lora_b, weights, *expected[1:], kind)
+    assert_bitwise_equal(cuda_spectral.spectral_penalty_bwd(*saved), spectral.spectral_penalty_bwd(*saved), "gradient")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
+def test_batched_rsvd(shape, dtype):
+    check_rsvd(randn(*shape[:3], dtype=dtype), *shape[3:])
+
+
+@pytest.mark.parametrize("settings", [(8, 8, 0), (3, 4, 1)], ids=str)
+def test_batched_rsvd_without_full_rank(settings):
+    """Where directions are null, singular values are rounding noise: the last bits of fp64 show."""
+    for rank in (0, 1, 2, 7):
+        check_rsvd(randn(3, 40, rank) @ randn(3, rank, 8), *settings)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_batched_rsvd_of_extreme_and_graded_values(scale):
+    check_rsvd(randn(2, 50, 16) * scale, 16, 16, 0)
+    check_rsvd(randn(2, 50, 16) * torch.logspace(0, -12, 16, device="cuda"), 4, 8, 1)
+
+
+@pytest.mark.parametrize("layout", ["padded", "sliced", "offset", "transposed", "expanded"])
+def test_layouts(layout):
+    a = with_layout(randn(3, 24, 24, dtype=torch.bfloat16), layout)
+    check_rsvd(a, 24, 24, 0)
+    for kind in KINDS:
+        check_penalty(a[None], kind)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_matrix_that_is_not_finite_is_nan_alone(value):
+    a = randn(3, 40, 8)
+    a[1, 3, 4] = value
+    check_rsvd(a, 8, 8, 0)
+    for kind in KINDS:
+        check_penalty(a[None], kind)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e-3])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", ADAPTERS, ids=str)
+def test_spectral_penalty(shape, dtype, kind, scale):
+    check_penalty((randn(*shape) * scale).to(dtype), kind)
+
+
+def test_pieces_and_batch_change_nothing(monkeypatch):
+    a = randn(9, 70, 20)
+    whole = cuda_spectral.batched_rsvd(a, 4, 9, 1, 0)
+    monkeypatch.setattr(cuda_spectral, "WORKSPACE", 1)
+    for factor, pieces in zip(whole, cuda_spectral.batched_rsvd(a, 4, 9, 1, 0), strict=True):
+        assert torch.equal(factor, pieces)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_captured_in_a_graph(kind):
+    lora_b, dloss = randn(2, 3, 40, 8, dtype=torch.bfloat16), torch.tensor(1.7, device="cuda")
+
+    def step():
+        weights = cuda_spectral.spectral_weights(lora_b, kind)
+        saved = cuda_spectral.spectral_penalty_fwd(lora_b, weights, kind)
+        gradient = cuda_spectral.spectral_penalty_bwd(dloss, lora_b, weights, *saved[1:], kind)
+        return weights, *saved, gradient, *cuda_spectral.batched_rsvd(lora_b[0], 4, 6, 1, 0)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    lora_b.copy_(lora_b * 3)
+    graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
