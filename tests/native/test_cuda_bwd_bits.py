@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-_C = pytest.importorskip("mtlora_kernels._C", reason="the extension is not built")
-if not hasattr(_C, "routed_lora_bwd_cuda") or not torch.cuda.is_available():
-    pytest.skip("needs the CUDA kernels and a GPU", allow_module_level=True)
-if torch.cuda.get_device_capability() != (9, 0):
-    pytest.skip("the CUDA kernels are built for compute capability 9.0", allow_module_level=True)
+from mtlora_kernels import available_impls
 
-from mtlora_kernels.native import cuda_bwd  # noqa: E402
-from mtlora_kernels.reference.routed_lora_bwd import routed_lora_bwd  # noqa: E402
-from mtlora_kernels.testing import assert_bitwise_equal, with_layout  # noqa: E402
+if not torch.cuda.is_available() or "cuda" not in available_impls("cuda"):
+    pytest.skip("no GPU, or no CUDA kernels for it", allow_module_level=True)
+
+from mtlora_kernels.native import cuda_bwd
+from mtlora_kernels.reference.routed_lora_bwd import routed_lora_bwd
+from mtlora_kernels.testing import assert_bitwise_equal, with_layout
+
+pytestmark = pytest.mark.gpu
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 NAMES = ("x", "lora_a", "lora_b", "router", "route_weights", "expert_scale")
