@@ -13,7 +13,7 @@ namespace {
 constexpr int kThreads = 256, kWarps = kThreads / kWarp, kWarpRows = 16, kBlockRows = 1024;
 constexpr int kStages = 3;         // of a warp's rows, copied ahead in the background ...
 constexpr int kStagedBytes = 256;  // ... where a row is at most this long and can be copied by 16 bytes
-constexpr int kAhead = 4;  // products of four columns whose elements are loaded together
+constexpr int kAhead = 4;          // products of four columns whose elements are loaded together
 constexpr uint32_t kFill = 2;
 
 __host__ __device__ constexpr int padded_depth(int n) {
@@ -173,17 +173,18 @@ void start(const Projection& p, void* stream) {
     const bool whole = p.k == 8 * kBlocks && reinterpret_cast<uintptr_t>(p.out) % bytes == 0 &&
                        strides * int64_t(sizeof(Out)) % bytes == 0;
     const int row_bytes = p.n * int(sizeof(T));
-    const bool staged = row_bytes % 16 == 0 && row_bytes <= kStagedBytes && reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
+    const bool staged = row_bytes % 16 == 0 && row_bytes <= kStagedBytes &&
+                        reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
                         (p.a_layer | p.a_expert | p.a_row) * int64_t(sizeof(T)) % 16 == 0;
     const dim3 grid{unsigned(p.layers * p.experts * projection_blocks(p.rows))};
     const int factors = (padded_depth(p.n) * kPitch<kBlocks> + 8 * kBlocks) * int(sizeof(double));
     const ProjectionArgs args{p, whole};
     if (staged) {
         const int shared = factors + kWarps * kStages * kWarpRows * staged_pitch(row_bytes);
-        return launch<projection_kernel<T, Out, kBlocks, true>>("projection", grid, kThreads, shared, stream, false, args);
+        return launch<projection_kernel<T, Out, kBlocks, true>>("projection", grid, kThreads, shared, stream, false,
+                                                                args);
     }
-    launch<projection_kernel<T, Out, kBlocks, false>>("projection", grid, kThreads, factors,
-                                                      stream, false, args);
+    launch<projection_kernel<T, Out, kBlocks, false>>("projection", grid, kThreads, factors, stream, false, args);
 }
 
 template <class T, class Out>

@@ -7,16 +7,8 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.arithmetic import token_chunk
-from .cuda import copyable
+from .cuda import copyable, packed
 from .params import set_common, set_fields
-
-
-def _packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """w as the kernels read weights: contiguous from a 16-byte boundary."""
-    if w is None:
-        return None
-    w = w.to(dtype).contiguous()
-    return w if w.data_ptr() % 16 == 0 else w.clone()
 
 
 def routed_lora_bwd(
@@ -58,7 +50,7 @@ def routed_lora_bwd(
 
     E = h.dtype
     dout, x = copyable(dout.to(E)), copyable(x)
-    a, b, r, scale = (_packed(w, E) for w in (lora_a, lora_b, router, expert_scale))
+    a, b, r, scale = (packed(w, E) for w in (lora_a, lora_b, router, expert_scale))
     dload = None if dload is None else dload.to(torch.float32).contiguous()
     params = _C.RoutedLoraBwd()
     set_common(params, x, a, b, r, scale, seed, h, pi, scaling, activation, dropout_p)
