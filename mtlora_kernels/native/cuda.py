@@ -11,10 +11,13 @@ from .params import set_common, set_fields
 
 
 def copyable(t: Tensor | None) -> Tensor | None:
-    """t itself, or a contiguous copy where the copy engine cannot address its rows (16-byte pitch and start)."""
-    if t is None or (t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0):
+    """t itself, or a copy where the copy engine cannot address its rows: contiguous, 16-byte pitch and start."""
+    if t is None:
+        return None
+    pitch = t.stride(0)
+    if t.stride(1) == 1 and pitch >= t.shape[1] and pitch * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0:
         return t
-    return t.contiguous() if not t.is_contiguous() or t.data_ptr() % 16 == 0 else t.clone()
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
