@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import mtlora_kernels
 
@@ -62,7 +63,8 @@ def test_import_is_light():
     loaded = run(
         "import sys, torch, mtlora_kernels; print(torch.cuda.is_initialized(), 'mtlora_kernels._C' in sys.modules)"
     )
-    assert loaded.split() == ["False", "False"]
+    # A CUDA build of torch asks the extension, which loads no driver, what it was compiled for.
+    assert loaded.split() == ["False", str(torch.version.cuda is not None)]
 
 
 def imports(path: Path) -> set[str]:
