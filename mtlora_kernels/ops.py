@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .device import on_device
 from .dispatch import routed_lora_kernels
 from .reference.arithmetic import acc_dtype
 from .reference.routed_lora import output_dtype
@@ -35,11 +36,12 @@ def run_forward(
     activation, dropout_p, compute_dtype, accumulate_into_residual, return_load, impl,
 ):  # fmt: skip
     forward, _ = routed_lora_kernels(impl)
-    return forward(
-        x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling=scaling,
-        num_groups=num_groups, numerics=numerics, activation=activation, dropout_p=dropout_p,
-        compute_dtype=compute_dtype, accumulate_into_residual=accumulate_into_residual, return_load=return_load,
-    )  # fmt: skip
+    with on_device(x):
+        return forward(
+            x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling=scaling,
+            num_groups=num_groups, numerics=numerics, activation=activation, dropout_p=dropout_p,
+            compute_dtype=compute_dtype, accumulate_into_residual=accumulate_into_residual, return_load=return_load,
+        )  # fmt: skip
 
 
 def _routed_lora_fwd_fake(
@@ -60,10 +62,11 @@ def run_backward(
 ):
     """The gradients of an implementation, None for what was not asked for."""
     _, backward = routed_lora_kernels(impl)
-    return backward(
-        dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, scaling=scaling, activation=activation,
-        dropout_p=dropout_p, needs=needs,
-    )  # fmt: skip
+    with on_device(x):
+        return backward(
+            dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, scaling=scaling, activation=activation,
+            dropout_p=dropout_p, needs=needs,
+        )  # fmt: skip
 
 
 def _routed_lora_bwd(dout, dload, x, *inputs):

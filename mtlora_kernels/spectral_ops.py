@@ -7,6 +7,7 @@ vectors are constants of the penalty, as published, so only spectral_penalty_fwd
 import torch
 from torch import Tensor
 
+from .device import on_device
 from .spectral_dispatch import batched_rsvd_kernel, spectral_kernels
 
 _lib = torch.library.Library("mtlora_kernels", "FRAGMENT")
@@ -22,7 +23,8 @@ for _schema in (
 
 
 def _batched_rsvd(matrices, rank, sketch, power_iterations, seed, impl):
-    factors = batched_rsvd_kernel(impl)(matrices, rank, sketch, power_iterations, seed)
+    with on_device(matrices):
+        factors = batched_rsvd_kernel(impl)(matrices, rank, sketch, power_iterations, seed)
     return tuple(factor.contiguous() for factor in factors)
 
 
@@ -34,7 +36,8 @@ def _batched_rsvd_fake(matrices, rank, sketch, power_iterations, seed, impl):
 
 
 def _spectral_weights(lora_b, kind, impl):
-    return spectral_kernels(impl).spectral_weights(lora_b, kind).contiguous()
+    with on_device(lora_b):
+        return spectral_kernels(impl).spectral_weights(lora_b, kind).contiguous()
 
 
 def _spectral_weights_fake(lora_b, kind, impl):
@@ -43,7 +46,8 @@ def _spectral_weights_fake(lora_b, kind, impl):
 
 
 def _spectral_penalty_fwd(lora_b, weights, kind, impl):
-    loss, x, c = spectral_kernels(impl).spectral_penalty_fwd(lora_b, weights, kind)
+    with on_device(lora_b):
+        loss, x, c = spectral_kernels(impl).spectral_penalty_fwd(lora_b, weights, kind)
     return loss, x.contiguous(), c.contiguous()
 
 
@@ -58,7 +62,8 @@ def _spectral_penalty_fwd_fake(lora_b, weights, kind, impl):
 
 
 def _spectral_penalty_bwd(dloss, lora_b, weights, x, c, kind, impl):
-    return spectral_kernels(impl).spectral_penalty_bwd(dloss, lora_b, weights, x, c, kind).contiguous()
+    with on_device(lora_b):
+        return spectral_kernels(impl).spectral_penalty_bwd(dloss, lora_b, weights, x, c, kind).contiguous()
 
 
 def _spectral_penalty_bwd_fake(dloss, lora_b, weights, x, c, kind, impl):

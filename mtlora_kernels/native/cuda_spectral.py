@@ -1,8 +1,5 @@
 """The spectral operators on the CUDA kernels of `_C`; same arguments and results as the reference on a GPU."""
 
-from collections.abc import Callable
-from functools import wraps
-
 import torch
 from torch import Tensor
 
@@ -22,20 +19,6 @@ def _stream(t: Tensor) -> int:
     return torch.cuda.current_stream(t.device).cuda_stream
 
 
-def _on_device(function: Callable) -> Callable:
-    """Kernels are launched on the current device: make it the first argument's."""
-
-    @wraps(function)
-    def call(first: Tensor, *arguments):
-        if first.device.index == torch.cuda.current_device():
-            return function(first, *arguments)
-        with torch.cuda.device(first.device):
-            return function(first, *arguments)
-
-    return call
-
-
-@_on_device
 def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [batch, m, rank], S [batch, rank], V [batch, n, rank] in fp32; NaN for a matrix with a NaN or Inf in it."""
     batch, rows, cols = a.shape
@@ -84,7 +67,6 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return Cuda.dot(a, b)
 
 
-@_on_device
 def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
     """fp32 M [L, N, r, r] for "pairwise", w [L, N, r] in order of descending s for "gram"; NaN if B is not finite."""
     lora_b, (layers, experts, _, rank) = lora_b.contiguous(), lora_b.shape
@@ -95,7 +77,6 @@ def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
     return weights
 
 
-@_on_device
 def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
     """loss and what backward reads, as the reference's."""
     layers, experts, d, rank = lora_b.shape
@@ -119,7 +100,6 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
     return loss, x, c
 
 
-@_on_device
 def spectral_penalty_bwd(dloss: Tensor, lora_b: Tensor, weights: Tensor, x: Tensor, c: Tensor, kind: str) -> Tensor:
     """The gradient of lora_b, in its dtype, for an fp32 scalar dloss."""
     lora_b, weights, grad = lora_b.contiguous(), weights.contiguous(), lora_b.new_empty(lora_b.shape)

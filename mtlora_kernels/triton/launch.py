@@ -5,7 +5,6 @@ A launcher is two functions: a `plan`, cached by sizes, strides and options, tha
 launch of each specialisation goes through it.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -19,13 +18,6 @@ plan = lru_cache(maxsize=4096)  # every T is a plan of its own; they are small, 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def on_device(t: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device: make it the tensor's."""
-    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(t.device)
 
 
 class Launch:

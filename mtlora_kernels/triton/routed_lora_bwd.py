@@ -20,7 +20,7 @@ from ..reference.arithmetic import next_power_of_two, token_chunk
 from ..reference.routed_lora import inverse_count, uses_group_form
 from ..reference.routed_lora_bwd import expert_block
 from . import configs
-from .launch import Launch, ceil_div, on_device, plan
+from .launch import Launch, ceil_div, plan
 from .primitives import (
     dot,
     drop,
@@ -449,20 +449,19 @@ def routed_lora_bwd(
     need_router, need_scale = need_router and router is not None, need_scale and expert_scale is not None
     a, b, router_e, scale_e = operand(lora_a, E), operand(lora_b, E), operand(router, E), operand(expert_scale, E)
     parts_a = parts_b = parts_r = dx = dpi = ds = None
-    with on_device(x):
-        group_form = uses_group_form(b.shape[1] // pi.shape[1])
-        if need_b:
-            parts_b = (_grad_b if group_form else grad_b_small)(dout, h, pi, lora_b, scale_e)
-        if need_x or need_a or need_router or need_weights or need_scale:
-            dw, dh_parts = (_contract if group_form else contract_small)(dout, b, h, pi, scale_e)
-            dh, dlogits, dpi, ds = _route(
-                dw, dh_parts, h, pi, scale_e, dload, scaling, activation, router is not None, need_weights
-            )
-            del dw, dh_parts
-        if need_a or need_router:
-            parts_a, parts_r = _grad_rows(x, dh, dlogits, lora_a, router, need_a, need_router, seed, dropout_p)
-        da, db, dr = sum_parts((parts_a, lora_a, 1.0), (parts_b, lora_b, scaling), (parts_r, router, 1.0))
-        del parts_a, parts_b, parts_r
-        if need_x:  # last: d(x) is the largest result, and nothing temporary is held beside it
-            dx = _grad_x(x, dh, a, dlogits, router_e, seed, dropout_p)
+    group_form = uses_group_form(b.shape[1] // pi.shape[1])
+    if need_b:
+        parts_b = (_grad_b if group_form else grad_b_small)(dout, h, pi, lora_b, scale_e)
+    if need_x or need_a or need_router or need_weights or need_scale:
+        dw, dh_parts = (_contract if group_form else contract_small)(dout, b, h, pi, scale_e)
+        dh, dlogits, dpi, ds = _route(
+            dw, dh_parts, h, pi, scale_e, dload, scaling, activation, router is not None, need_weights
+        )
+        del dw, dh_parts
+    if need_a or need_router:
+        parts_a, parts_r = _grad_rows(x, dh, dlogits, lora_a, router, need_a, need_router, seed, dropout_p)
+    da, db, dr = sum_parts((parts_a, lora_a, 1.0), (parts_b, lora_b, scaling), (parts_r, router, 1.0))
+    del parts_a, parts_b, parts_r
+    if need_x:  # last: d(x) is the largest result, and nothing temporary is held beside it
+        dx = _grad_x(x, dh, a, dlogits, router_e, seed, dropout_p)
     return dx, da, db, dr, dpi, ds.to(expert_scale.dtype) if need_scale else None

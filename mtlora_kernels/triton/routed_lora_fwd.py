@@ -13,7 +13,7 @@ from torch import Tensor
 from ..reference.arithmetic import next_power_of_two
 from ..reference.routed_lora import inverse_count, output_dtype, uses_group_form
 from . import configs
-from .launch import Launch, ceil_div, on_device, plan
+from .launch import Launch, ceil_div, plan
 from .primitives import (
     dot,
     drop,
@@ -304,19 +304,18 @@ def routed_lora_fwd(
     else:
         pi = (x.new_ones if router is None else x.new_empty)((tokens, num_groups, experts), dtype=E)
     load = x.new_empty(0, dtype=torch.float32)
-    with on_device(x):
-        if tokens:
-            project = _project_plan(
-                tokens, d_in, x.stride(), rank, experts, num_groups, E is torch.float32,
-                x.dtype == E and dropout_p == 0, router is not None, activation == "relu", dropout_p,
-            )  # fmt: skip
-            for launch in project:
-                launch(x, a, router, h, pi, seed)
-            mix = _mix_plan(
-                tokens, d_out, None if residual is None else residual.stride(), rank, experts, num_groups, E,
-                expert_scale is not None, scaling, numerics, accumulate_into_residual,
-            )  # fmt: skip
-            mix(h, pi, b, expert_scale, residual, out)
-        if return_load:
-            load = sum_rows(pi.view(-1, experts)) * inverse_count(tokens, num_groups)
+    if tokens:
+        project = _project_plan(
+            tokens, d_in, x.stride(), rank, experts, num_groups, E is torch.float32,
+            x.dtype == E and dropout_p == 0, router is not None, activation == "relu", dropout_p,
+        )  # fmt: skip
+        for launch in project:
+            launch(x, a, router, h, pi, seed)
+        mix = _mix_plan(
+            tokens, d_out, None if residual is None else residual.stride(), rank, experts, num_groups, E,
+            expert_scale is not None, scaling, numerics, accumulate_into_residual,
+        )  # fmt: skip
+        mix(h, pi, b, expert_scale, residual, out)
+    if return_load:
+        load = sum_rows(pi.view(-1, experts)) * inverse_count(tokens, num_groups)
     return out, load, h, pi
