@@ -11,8 +11,8 @@ namespace mtlora::cuda {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp, kWarpRows = 16, kBlockRows = 1024;
-constexpr int kStages = 3;         // of a warp's rows, copied ahead in the background ...
-constexpr int kStagedBytes = 256;  // ... where a row is at most this long and can be copied by 16 bytes
+// A warp's rows are copied ahead in the background where 16-byte copies can, in two stages, or in four of short rows.
+constexpr int kStagedBytes = 256, kShortBytes = 64;
 constexpr int kAhead = 4;  // products of four columns whose elements are loaded together
 constexpr uint32_t kFill = 2;
 
@@ -39,7 +39,7 @@ struct ProjectionArgs {
     bool whole;  // k = 8 kBlocks and out is aligned to a lane's results
 };
 
-template <class T, class Out, int kBlocks, bool kStaged>
+template <class T, class Out, int kBlocks, int kStages>  // kStages = 0: straight from memory
 __global__ void __launch_bounds__(kThreads, kBlocks <= 2 ? 3 : 1) projection_kernel(const ProjectionArgs args) {
     const Projection& p = args.p;
     const int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks <= 2 ? 3 : 1) projection_ker
     const int64_t start = int64_t(chunk) * kBlockRows + warp * kWarpRows;
     const int pitch = staged_pitch(p.n * int(sizeof(T))), stage_bytes = kWarpRows * pitch;
     char* stages = reinterpret_cast<char*>(scale + 8 * kBlocks) + warp * kStages * stage_bytes;
-    const Cells first_chunk(lane, kWarp, p.n * int(sizeof(T)) / 16);
+    const Cells first_chunk(lane, kWarp, kStages > 0 ? p.n * int(sizeof(T)) / 16 : 1);
     const auto copy = [&](int64_t top, int stage) {
         const uint32_t to = uint32_t(__cvta_generic_to_shared(stages + stage * stage_bytes));
 #pragma unroll 2
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks <= 2 ? 3 : 1) projection_ker
         }
         copy_commit();
     };
-    if constexpr (kStaged) {
+    if constexpr (kStages > 0) {
         for (int stage = 0; stage < kStages - 1; ++stage) copy(start + stage * kWarps * kWarpRows, stage);
     }
     int stage = 0;
@@ -95,16 +95,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks <= 2 ? 3 : 1) projection_ker
                 mma(acc[1][b], high, factor);
             }
         };
-        if constexpr (kStaged) {
+        if constexpr (kStages > 0) {
             copy_wait<kStages - 2>();
-            __syncwarp();
+            __syncwarp();  // the rows of all lanes are there, and the stage before this one has been read
+            copy(top + (kStages - 1) * kWarps * kWarpRows, stage == 0 ? kStages - 1 : stage - 1);
             const T* low = reinterpret_cast<const T*>(stages + stage * stage_bytes + lane / 4 * pitch);
             const T* high = low + 8 * pitch / int(sizeof(T));
 #pragma unroll(kBlocks > 4 ? 2 : 4)
             for (int k = lane % 4; k < p.n; k += 4) multiply(k, to_double(low[k]), to_double(high[k]));
-            __syncwarp();
-            const int next = stage == 0 ? kStages - 1 : stage - 1;
-            copy(top + (kStages - 1) * kWarps * kWarpRows, next);
             stage = stage == kStages - 1 ? 0 : stage + 1;
         } else {
             for (int k = lane % 4; k - lane % 4 < p.n; k += 4 * kAhead) {
@@ -173,17 +171,20 @@ void start(const Projection& p, void* stream) {
     const bool whole = p.k == 8 * kBlocks && reinterpret_cast<uintptr_t>(p.out) % bytes == 0 &&
                        strides * int64_t(sizeof(Out)) % bytes == 0;
     const int row_bytes = p.n * int(sizeof(T));
-    const bool staged = row_bytes % 16 == 0 && row_bytes <= kStagedBytes && reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
+    const bool staged = row_bytes % 16 == 0 && row_bytes <= kStagedBytes &&
+                        reinterpret_cast<uintptr_t>(p.a) % 16 == 0 &&
                         (p.a_layer | p.a_expert | p.a_row) * int64_t(sizeof(T)) % 16 == 0;
     const dim3 grid{unsigned(p.layers * p.experts * projection_blocks(p.rows))};
     const int factors = (padded_depth(p.n) * kPitch<kBlocks> + 8 * kBlocks) * int(sizeof(double));
     const ProjectionArgs args{p, whole};
-    if (staged) {
-        const int shared = factors + kWarps * kStages * kWarpRows * staged_pitch(row_bytes);
-        return launch<projection_kernel<T, Out, kBlocks, true>>("projection", grid, kThreads, shared, stream, false, args);
-    }
-    launch<projection_kernel<T, Out, kBlocks, false>>("projection", grid, kThreads, factors,
-                                                      stream, false, args);
+    const int stage_bytes = kWarps * kWarpRows * staged_pitch(row_bytes);
+    if (staged && row_bytes <= kShortBytes)
+        return launch<projection_kernel<T, Out, kBlocks, 4>>("projection", grid, kThreads, factors + 4 * stage_bytes,
+                                                             stream, false, args);
+    if (staged)
+        return launch<projection_kernel<T, Out, kBlocks, 2>>("projection", grid, kThreads, factors + 2 * stage_bytes,
+                                                             stream, false, args);
+    launch<projection_kernel<T, Out, kBlocks, 0>>("projection", grid, kThreads, factors, stream, false, args);
 }
 
 template <class T, class Out>

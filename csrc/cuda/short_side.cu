@@ -60,7 +60,8 @@ struct Sketch {
         }
     }
 
-    // Columns first, first + 1, ... of y, dealt to the warps, reflected; `unit` is the one to begin as that column of I.
+    // Columns first, first + 1, ... of y, dealt to the warps, reflected; `unit` is the one to begin as that column of
+    // I.
     __device__ void reflect(const double (&v)[kRows], double beta, int first, int unit) const {
         const int warps = int(blockDim.x) / kWarp;
         for (int k = first + int(threadIdx.x) / kWarp; k < l; k += kTogether * warps) {
