@@ -1,1 +1,1 @@
-"""Benchmarks of mtlora_kernels: `python -m benchmarks adapter | train | plot`."""
+"""Benchmarks of mtlora_kernels: `python -m benchmarks adapter | accuracy | kernels | train | plot`."""

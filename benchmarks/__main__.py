@@ -10,7 +10,9 @@ def _add_common(command: argparse.ArgumentParser) -> None:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     command.add_argument("--device", default=default, help="cpu or cuda (default: %(default)s)")
     command.add_argument("--quick", action="store_true", help="small sizes, under a minute")
-    command.add_argument("--impl", nargs="+", default=(), help="implementations (default: all but the reference)")
+    command.add_argument(
+        "--impl", nargs="+", default=(), help="implementations (default: all but the reference; model: the fastest)"
+    )
     command.add_argument("--no-save", action="store_true", help="do not append to benchmarks/results")
 
 
@@ -19,9 +21,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
 
     adapter = commands.add_parser("adapter", help="routed_lora against rivals and floor")
-    _add_common(adapter)
-    adapter.add_argument("--shapes", default="*", metavar="PATTERN", help="shell pattern on names, such as '*G32*'")
-    adapter.add_argument("--numerics", nargs="+", default=("fp32", "eager"), choices=("fp32", "eager"))
+    accuracy = commands.add_parser("accuracy", help="errors against float64, beside the published-style layer's")
+    kernels = commands.add_parser("kernels", help="time of every kernel of a call in a CUDA graph")
+    for command in (adapter, accuracy, kernels):
+        _add_common(command)
+        command.add_argument("--shapes", default="*", metavar="PATTERN", help="shell pattern on names, such as '*G32*'")
+        command.add_argument("--numerics", nargs="+", default=("fp32", "eager"), choices=("fp32", "eager"))
     adapter.add_argument("--compile", action=argparse.BooleanOptionalAction, help="compiled rivals (default: GPU)")
     adapter.add_argument("--small-batch", action="store_true", help="also T = 1, 16, 64, 512: CUDA graph, host time")
 
@@ -35,6 +40,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     _add_common(spectral)
     spectral.add_argument("--report", action="store_true", help="train with and without the penalty, draw the spectra")
+
+    model = commands.add_parser("model", help="a LLaMA with adapters: training step, memory, decoding")
+    _add_common(model)
 
     commands.add_parser("plot", help="draw the stored results as PNG")
     return parser.parse_args(arguments)
@@ -58,17 +66,23 @@ def main() -> int:
 
         job = spectral_report.run if args.report else spectral.run
         return job(device, quick=args.quick, impls=args.impl, save=not args.no_save)
-    from . import adapter
+    if args.command == "model":
+        from . import model  # transformers is needed here only
 
+        return model.run(device, quick=args.quick, impls=args.impl, save=not args.no_save)
+    from . import accuracy, adapter, kernels
+
+    given = {"quick": args.quick, "impls": args.impl, "shapes": args.shapes, "numerics": args.numerics}
+    given["save"] = not args.no_save
+    if args.command == "accuracy":
+        return accuracy.run(device, **given)
+    if args.command == "kernels":
+        return kernels.run(device, **given)
     return adapter.run(
         device,
-        quick=args.quick,
-        impls=args.impl,
-        shapes=args.shapes,
-        numerics=args.numerics,
+        **given,
         with_compile=device.type == "cuda" if args.compile is None else args.compile,
         small_batch=args.small_batch,
-        save=not args.no_save,
     )
 
 

@@ -66,7 +66,7 @@ def measure_contender(report: Report, contender: Contender, shape: Shape, inputs
             timing = time_call(call, report.device)
             peak = peak_extra_bytes(call, report.device)
             report.record(shape, contender, measure, timing, peak=peak, has_floor=True)
-    except (SlowCall, torch.OutOfMemoryError) as reason:
+    except (SlowCall, torch.OutOfMemoryError, ValueError) as reason:  # ValueError: impl does not serve the call
         report.note(contender, f"skipped: {str(reason).splitlines()[0]}")
     except Exception as error:  # a compiler that fails on one rival must not end the run
         if not contender.compiled:

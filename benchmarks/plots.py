@@ -12,7 +12,7 @@ from .registry import PACKAGE
 from .results import RESULTS, load
 
 Row = dict[str, str]
-RIVAL_COLOURS = ("0.35", "0.55", "0.7", "0.82")
+RIVAL_COLOURS = ("0.35", "0.55", "0.7", "0.82", "0.25", "0.45", "0.62", "0.76", "0.88", "0.15")
 OUR_COLOURS = ("tab:blue", "tab:cyan", "tab:green", "tab:olive", "tab:purple", "tab:pink")
 
 
@@ -20,6 +20,8 @@ def draw_all(folder: Path = RESULTS) -> int:
     drawn = []
     if (folder / "adapter.csv").exists():
         drawn += draw_adapter(folder)
+    if (folder / "spectral.csv").exists():
+        drawn += draw_spectral(folder)
     if (folder / "train_loss.csv").exists():
         drawn.append(draw_train_loss(folder))
     for path in drawn:
@@ -88,6 +90,25 @@ def _bars(ax: Axes, rows: list[Row], value: str, label: str) -> None:
     ax.set_yscale("log")
     ax.margins(y=0.2)
     ax.set_ylabel(label)
+
+
+def draw_spectral(folder: Path) -> list[Path]:
+    """One figure per device: the newest time of each (task, shape, dtype, contender)."""
+    by_device: dict[str, dict[tuple, Row]] = {}
+    for row in load(folder / "spectral.csv"):
+        case = f"{row['task']}\n{row['shape']} {row['dtype']}"
+        by_device.setdefault(row["device"], {})[case, row["contender"]] = row | {"shape": case}
+    drawn = []
+    for device, newest in by_device.items():
+        figure, ax = plt.subplots(figsize=(14, 6))
+        _bars(ax, list(newest.values()), "p50_us", "us")
+        ax.set_title(device)
+        ax.legend(fontsize="small", ncols=3)
+        figure.tight_layout()
+        drawn.append(folder / f"spectral_{_file_stem(device)}.png")
+        figure.savefig(drawn[-1], dpi=120)
+        plt.close(figure)
+    return drawn
 
 
 def draw_train_loss(folder: Path) -> Path:

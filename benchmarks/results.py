@@ -20,9 +20,20 @@ ADAPTER_FIELDS = (
     "numerics", "measure", "p20_us", "p50_us", "p80_us", "floor_us", "ratio_to_floor", "peak_extra_mb",
     "copy_gb_s", "product_tflop_s",
 )  # fmt: skip
+ACCURACY_FIELDS = (
+    *PROVENANCE, "shape", "contender", "impl", "numerics", "result", "max_error", "relative_error",
+    "ratio_to_published",
+)  # fmt: skip
+KERNEL_FIELDS = (
+    *PROVENANCE, "shape", "impl", "numerics", "measure", "step", "kernel", "p20_us", "p50_us", "p80_us",
+)  # fmt: skip
 TRAIN_FIELDS = (
     *PROVENANCE, "impl", "steps", "p20_us", "p50_us", "p80_us", "loss_first", "loss_last",
     "mean_accuracy", "accuracy",
+)  # fmt: skip
+MODEL_FIELDS = (
+    *PROVENANCE, "model", "tokens", "dtype", "placement", "rank", "experts", "groups", "contender",
+    "impl", "measure", "p20_us", "p50_us", "p80_us", "over_base", "peak_gb", "loss", "note",
 )  # fmt: skip
 LOSS_FIELDS = (*PROVENANCE, "impl", "step", "loss")
 

@@ -13,7 +13,8 @@ def _routing(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """h [T, r] and pi [T, G, N]."""
     x, n = inputs.x, inputs.lora_b.shape[0]
     logits = F.linear(x, inputs.router).view(-1, inputs.groups, n)
-    return F.linear(x, inputs.lora_a), torch.softmax(logits.float(), -1).to(x.dtype)
+    pi = torch.softmax(logits, -1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return F.linear(x, inputs.lora_a), pi.to(x.dtype)
 
 
 def expert_loop(inputs: Inputs) -> Tensor:

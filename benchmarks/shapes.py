@@ -1,6 +1,6 @@
 """The shapes that are timed, and random inputs for them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -76,6 +76,16 @@ class Inputs:
     @property
     def leaves_by_expert(self) -> tuple[Tensor, ...]:
         return self.x, self.lora_a, *self.experts, self.router, self.residual
+
+    def to(self, dtype: torch.dtype) -> "Inputs":
+        """The same values as other leaves."""
+
+        def moved(value: Tensor) -> Tensor:
+            return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+        names = ("x", "lora_a", "lora_b", "router", "residual", "grad_out")
+        values = {name: moved(getattr(self, name)) for name in names}
+        return replace(self, **values, experts=tuple(moved(b) for b in self.experts))
 
 
 def make_inputs(shape: Shape, device: torch.device, seed: int = 0) -> Inputs:

@@ -27,7 +27,8 @@ def small_batch_suite(report: Report, field: Sequence[Contender], quick: bool) -
 def _measure(report: Report, contender: Contender, shape: Shape, inputs: Inputs) -> None:
     forward = contender.call(inputs, "forward")
     if report.device.type == "cuda":
-        replay = _captured(forward)
+        with torch.no_grad():
+            replay = captured(forward)
         timing = time_call(replay, report.device)
         report.record(shape, contender, "forward in a graph", timing, peak=None, has_floor=True)
     timing = host_time(forward, report.device)
@@ -37,16 +38,15 @@ def _measure(report: Report, contender: Contender, shape: Shape, inputs: Inputs)
     report.record(shape, contender, "host, inference", timing, peak=None, has_floor=False)
 
 
-@torch.no_grad()
-def _captured(forward: Callable[[], object]) -> Callable[[], object]:
-    """Replay of one forward call; warmed up on a side stream first, as capture requires."""
+def captured(call: Callable[[], object]) -> Callable[[], None]:
+    """Replay of one call() in a CUDA graph; warmed up on a side stream first, as capture requires."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
-            forward()
+            call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        forward()
+        call()
     return graph.replay

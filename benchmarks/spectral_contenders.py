@@ -21,11 +21,13 @@ DRIVERS = ("gesvdj", "gesvd", "gesvda")  # of cuSOLVER; the default is gesvdj wi
 
 @dataclass(frozen=True)
 class Contender:
-    """impl is empty for rivals."""
+    """impl is empty for rivals; loops is True for those that call a solver once per matrix, half a second on a GPU."""
 
     name: str
     call: Callable[..., object]
     impl: str = ""
+    loops: bool = False
+    in_graph: bool = False
 
 
 def svd(driver: str | None, a: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,17 +54,26 @@ def gram_eigh_values(dtype: torch.dtype, a: Tensor, rank: int) -> tuple[Tensor, 
     return values.flip(1).clamp(min=0).sqrt(), v.flip(2)
 
 
+def _ours(device: torch.device, impls: Sequence[str], bind: Callable[[str], Callable]) -> list[Contender]:
+    """Each implementation called eagerly and, on a GPU, the kernels also as a CUDA graph."""
+    found = []
+    for impl in impls:
+        found.append(Contender(f"{PACKAGE} {impl}", bind(impl), impl))
+        if device.type == "cuda" and impl != "reference":
+            found.append(Contender(f"{PACKAGE} {impl}, graph", bind(impl), impl, in_graph=True))
+    return found
+
+
 def decompositions(device: torch.device, impls: Sequence[str]) -> list[Contender]:
-    rivals = [Contender("linalg.svd", partial(svd, None))]
+    rivals = [Contender("linalg.svd", partial(svd, None), loops=True)]
     if device.type == "cuda":
-        rivals += [Contender(f"linalg.svd {driver}", partial(svd, driver)) for driver in DRIVERS]
+        rivals += [Contender(f"linalg.svd {d}", partial(svd, d), loops=d != "gesvda") for d in DRIVERS]
     rivals += [
         Contender("Gram + eigh fp32", partial(gram_eigh, torch.float32)),
-        Contender("Gram + eigh fp64", partial(gram_eigh, torch.float64)),
-        Contender("svd_lowrank", low_rank),
+        Contender("Gram + eigh fp64", partial(gram_eigh, torch.float64), loops=True),
+        Contender("svd_lowrank", low_rank, loops=True),
     ]
-    ours = [Contender(f"{PACKAGE} {impl}", partial(mk.batched_rsvd, impl=impl), impl) for impl in impls]
-    return rivals + ours
+    return rivals + _ours(device, impls, lambda impl: partial(mk.batched_rsvd, impl=impl))
 
 
 def values(device: torch.device, impls: Sequence[str]) -> list[Contender]:
@@ -74,9 +85,9 @@ def values(device: torch.device, impls: Sequence[str]) -> list[Contender]:
     rivals = [c for c in decompositions(device, ()) if "Gram" not in c.name]
     rivals += [
         Contender("Gram + eigh fp32", partial(gram_eigh_values, torch.float32)),
-        Contender("Gram + eigh fp64", partial(gram_eigh_values, torch.float64)),
+        Contender("Gram + eigh fp64", partial(gram_eigh_values, torch.float64), loops=True),
     ]
-    return rivals + [Contender(f"{PACKAGE} {impl}", partial(weights, impl), impl) for impl in impls]
+    return rivals + _ours(device, impls, lambda impl: partial(weights, impl))
 
 
 # ---- Penalties ----
@@ -116,10 +127,11 @@ def batched_pairwise(lora_b: Tensor) -> Tensor:
     return (blocks.sum() - blocks.diagonal(dim1=1, dim2=2).sum()) / 2
 
 
-def penalties(kind: str, impls: Sequence[str]) -> list[Contender]:
-    rival = ("batched PyTorch", batched_pairwise) if kind == "pairwise" else ("loop over matrices", loop_gram)
-    found = [Contender(rival[0], partial(_with_gradient, rival[1]))]
-    for impl in impls:
-        ours = partial(mk.spectral_penalty, kind=kind, impl=impl)
-        found.append(Contender(f"{PACKAGE} {impl}", partial(_with_gradient, ours), impl))
-    return found
+def penalties(kind: str, device: torch.device, impls: Sequence[str]) -> list[Contender]:
+    name, loss = ("batched PyTorch", batched_pairwise) if kind == "pairwise" else ("loop over matrices", loop_gram)
+    rival = Contender(name, partial(_with_gradient, loss), loops=kind == "gram")
+
+    def bind(impl: str) -> Callable:
+        return partial(_with_gradient, partial(mk.spectral_penalty, kind=kind, impl=impl))
+
+    return [rival, *_ours(device, impls, bind)]

@@ -45,9 +45,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def time_call(call: Callable[[], object], device: torch.device) -> Timing:
-    """Quantiles of the time of call()."""
-    repeats = _repeats(call, device)
+def time_call(call: Callable[[], object], device: torch.device, repeats: int | None = None) -> Timing:
+    """Quantiles of the time of call(); given repeats follow one call to warm up, else they fill the budget."""
+    if repeats is None:
+        repeats = _repeats(call, device)
+    else:
+        call()
     return _cuda_quantiles(call, device, repeats) if device.type == "cuda" else _cpu_quantiles(call, repeats)
 
 

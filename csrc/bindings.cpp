@@ -110,7 +110,9 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("dpi", &RoutedLoraBwd::dpi)
         .def_readwrite("dexpert_scale", &RoutedLoraBwd::dexpert_scale)
         .def_property("dlogits", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dlogits = pointer<float>(a); })
-        .def_property("dh", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dh = pointer<float>(a); });
+        .def_property("dh", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dh = pointer<float>(a); })
+        .def_readwrite("token_chunk", &RoutedLoraBwd::token_chunk)
+        .def_property("workspace", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.workspace = pointer<void>(a); });
 
     py::class_<Rsvd>(m, "Rsvd")
         .def(py::init([] { return Rsvd{}; }))
@@ -163,6 +165,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("spectral_penalty_bwd_cpu", &cpu::spectral_penalty_bwd, py::call_guard<py::gil_scoped_release>());
 #ifdef MTLORA_CUDA
     m.def("routed_lora_fwd_cuda", &cuda::routed_lora_fwd);
+    m.def("routed_lora_bwd_cuda", &cuda::routed_lora_bwd);
+    m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);
     m.def("rsvd_workspace", &cuda::rsvd_workspace);
     m.def("batched_rsvd_cuda", &cuda::batched_rsvd);

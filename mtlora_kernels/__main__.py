@@ -14,8 +14,10 @@ import torch
 
 from . import __version__
 from .dispatch import IMPLS, available_impls
+from .spectral_dispatch import available_spectral_impls
 from .testing.adapters import check_module
-from .testing.run import Row, run_checks
+from .testing.rows import Row
+from .testing.run import run_checks
 
 
 def devices_present() -> list[str]:
@@ -33,7 +35,8 @@ def info() -> int:
         device = torch.cuda.get_device_properties(index)
         print(f"cuda:{index}: {device.name}, sm_{device.major}{device.minor}, CUDA {torch.version.cuda}")
     for device in devices_present():
-        print(f"implementations on {device}: {', '.join(available_impls(device))}")
+        spectral = ", ".join(available_spectral_impls(device))
+        print(f"implementations on {device}: {', '.join(available_impls(device))}; spectral: {spectral}")
     return 0
 
 
@@ -82,7 +85,7 @@ def check(arguments: argparse.Namespace) -> int:
     else:
         devices = [arguments.device] if arguments.device else devices_present()
         impls = [arguments.impl] if arguments.impl else None
-        rows = run_checks(devices, impls, arguments.quick, progress)
+        rows = run_checks(devices, impls, arguments.quick, progress, arguments.jobs)
     failed = sum(bool(row.mismatches) for row in rows)
     status = 1 if failed or not rows else 0
     if arguments.json:
@@ -102,9 +105,12 @@ def main() -> int:
     options.add_argument("--device", choices=("cpu", "cuda"))
     options.add_argument("--impl", choices=IMPLS, help="only this implementation")
     options.add_argument("--quick", action="store_true", help="fewer shapes and dtypes")
+    options.add_argument("--jobs", type=int, default=1, metavar="N", help="worker processes (default: %(default)s)")
     options.add_argument("--json", action="store_true", help="machine-readable rows instead of a table")
     options.add_argument("--module", metavar="PACKAGE.MODULE:FACTORY", help="check the adapter that factory() returns")
     arguments = parser.parse_args()
+    if arguments.command == "check" and arguments.jobs < 1:
+        raise SystemExit(f"--jobs is {arguments.jobs}, it must be at least 1")
     return info() if arguments.command == "info" else check(arguments)
 
 

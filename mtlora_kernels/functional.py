@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import ops  # noqa: F401  (registers torch.ops.mtlora_kernels)
+from . import eager
 from .dispatch import Call, resolve
 from .reference.routed_lora import output_dtype
 from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
@@ -91,7 +91,7 @@ def routed_lora(
         compute_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
-    leading, (experts, d_out, rank) = x.shape[:-1], b.shape
+    leading, (experts, d_out, rank), flat = x.shape[:-1], b.shape, x.dim() == 2
     call = Call(
         compute_dtype=compute_dtype,
         x_dtype=x.dtype,
@@ -104,13 +104,13 @@ def routed_lora(
         eager=numerics == "eager",
         dropout=dropout_p > 0,
     )
-    out, load, _, _ = torch.ops.mtlora_kernels.routed_lora_fwd(
-        x.reshape(-1, x.shape[-1]),
+    out, load = eager.routed_lora(
+        x if flat else x.reshape(-1, x.shape[-1]),
         lora_a,
         b,
         router,
         None if route_weights is None else token_route_weights(route_weights, x),
-        None if residual is None else residual.reshape(-1, d_out),
+        residual if flat or residual is None else residual.reshape(-1, d_out),
         expert_scale,
         seed_tensor(dropout_seed, x) if dropout_p > 0 else None,
         float(scaling),
@@ -123,7 +123,7 @@ def routed_lora(
         return_load,
         resolve(impl, x.device, call),
     )
-    out = out.view(*leading, d_out)
+    out = out if flat else out.view(*leading, d_out)
     return (out, load) if return_load else out
 
 

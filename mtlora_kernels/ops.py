@@ -4,6 +4,8 @@ Forward and backward are separate opaque operators with every argument explicit.
 what was not asked for comes back as an empty tensor. All tensors arrive validated and flattened to tokens.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ _lib.define(
 )
 
 
-def _routed_lora_fwd(
+def run_forward(
     x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling, num_groups, numerics,
     activation, dropout_p, compute_dtype, accumulate_into_residual, return_load, impl,
 ):  # fmt: skip
@@ -53,14 +55,19 @@ def _routed_lora_fwd_fake(
     )
 
 
-def _routed_lora_bwd(
+def run_backward(
     dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, scaling, activation, dropout_p, needs, impl
 ):
+    """The gradients of an implementation, None for what was not asked for."""
     _, backward = routed_lora_kernels(impl)
-    grads = backward(
+    return backward(
         dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, scaling=scaling, activation=activation,
         dropout_p=dropout_p, needs=needs,
     )  # fmt: skip
+
+
+def _routed_lora_bwd(dout, dload, x, *inputs):
+    grads = run_backward(dout, dload, x, *inputs)
     return tuple(x.new_empty(0) if grad is None else grad.contiguous() for grad in grads)
 
 
@@ -74,48 +81,42 @@ def _routed_lora_bwd_fake(
     )
 
 
-_INPUTS = (
-    "x", "lora_a", "lora_b", "router", "route_weights", "residual", "expert_scale", "seed", "scaling", "num_groups",
-    "numerics", "activation", "dropout_p", "compute_dtype", "accumulate_into_residual", "return_load", "impl",
-)  # fmt: skip
-_WITH_GRADIENT = ("x", "lora_a", "lora_b", "router", "route_weights", "expert_scale")  # order of the backward op
-
-
-def _setup_context(ctx, inputs, output) -> None:
-    args = dict(zip(_INPUTS, inputs, strict=True))
-    _, _, h, pi = output
+def setup_context(ctx, inputs, output) -> None:
+    x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling = inputs[:9]
+    out, _, h, pi = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        args["x"], args["lora_a"], args["lora_b"], args["router"], h, pi, args["expert_scale"], args["seed"]
-    )
-    ctx.out_shape = output[0].shape
-    ctx.route_dtype = None if args["route_weights"] is None else args["route_weights"].dtype
-    ctx.residual_dtype = None if args["residual"] is None else args["residual"].dtype
-    ctx.scalars = (args["scaling"], args["activation"], args["dropout_p"])
-    ctx.impl, ctx.return_load = args["impl"], args["return_load"]
+    ctx.save_for_backward(x, lora_a, lora_b, router, h, pi, expert_scale, seed)
+    ctx.out_shape = out.shape
+    ctx.route_dtype = None if route_weights is None else route_weights.dtype
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    ctx.scalars = (scaling, *inputs[11:13])  # activation, dropout_p
+    ctx.return_load, ctx.impl = inputs[15:]
 
 
-def _autograd_backward(ctx, dout: Tensor | None, dload: Tensor | None, _dh, _dpi):
-    x, lora_a, lora_b, router, h, pi, expert_scale, seed = ctx.saved_tensors
-    wanted = dict(zip(_INPUTS, ctx.needs_input_grad, strict=True))
-    needs = [bool(wanted[name]) for name in _WITH_GRADIENT]
-    grads = dict.fromkeys(_INPUTS)
+def gradients(ctx, dout: Tensor | None, dload: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
+    """Of every input of the forward operator; backward is its backward operator, or what stands for it."""
+    need_residual = ctx.needs_input_grad[5]
+    needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]]
     if not ctx.return_load:
         dload = None  # an empty load can still get an empty gradient
-    if dout is None and dload is None:
-        return tuple(grads.values())
-    if wanted["residual"] and dout is not None:
-        grads["residual"] = dout.to(ctx.residual_dtype)
-    if any(needs):
+    dx = da = db = drouter = dweights = dresidual = dscale = None
+    if need_residual and dout is not None:
+        dresidual = dout.to(ctx.residual_dtype)
+    if any(needs) and not (dout is None and dload is None):
+        x, lora_a, lora_b, router, h, pi, expert_scale, seed = ctx.saved_tensors
         if dout is None:
             dout = h.new_zeros(1).expand(ctx.out_shape)
-        results = torch.ops.mtlora_kernels.routed_lora_bwd(
+        results = backward(
             dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, *ctx.scalars, needs, ctx.impl
         )
-        grads |= {name: result for name, result, need in zip(_WITH_GRADIENT, results, needs, strict=True) if need}
-        if grads["route_weights"] is not None:
-            grads["route_weights"] = grads["route_weights"].to(ctx.route_dtype)
-    return tuple(grads.values())
+        dx, da, db, drouter, dweights, dscale = (g if need else None for g, need in zip(results, needs, strict=True))
+        if dweights is not None:
+            dweights = dweights.to(ctx.route_dtype)
+    return dx, da, db, drouter, dweights, dresidual, dscale, *[None] * 10
+
+
+def _autograd_backward(ctx, dout, dload, _dh, _dpi):
+    return gradients(ctx, dout, dload, torch.ops.mtlora_kernels.routed_lora_bwd)
 
 
 def _no_double_backward(ctx, *grads):
@@ -125,11 +126,11 @@ def _no_double_backward(ctx, *grads):
 
 
 for _key in ("CPU", "CUDA"):
-    _lib.impl("routed_lora_fwd", _routed_lora_fwd, _key)
+    _lib.impl("routed_lora_fwd", run_forward, _key)
     _lib.impl("routed_lora_bwd", _routed_lora_bwd, _key)
 torch.library.register_fake("mtlora_kernels::routed_lora_fwd", _routed_lora_fwd_fake, lib=_lib)
 torch.library.register_fake("mtlora_kernels::routed_lora_bwd", _routed_lora_bwd_fake, lib=_lib)
 torch.library.register_autograd(
-    "mtlora_kernels::routed_lora_fwd", _autograd_backward, setup_context=_setup_context, lib=_lib
+    "mtlora_kernels::routed_lora_fwd", _autograd_backward, setup_context=setup_context, lib=_lib
 )
 torch.library.register_autograd("mtlora_kernels::routed_lora_bwd", _no_double_backward, lib=_lib)

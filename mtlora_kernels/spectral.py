@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import spectral_ops  # noqa: F401  (registers its part of torch.ops.mtlora_kernels)
+from . import spectral_eager
 from .spectral_dispatch import resolve_spectral
 from .spectral_inputs import KINDS, Layers, layer_stacks, sketch_size, stacked_matrices
 
@@ -23,9 +23,9 @@ def batched_rsvd(
 
     Randomized range finder (Halko, Martinsson, Tropp 2011) on the Gram matrix of the shorter side in fp64, exact
     when rank + oversampling >= min(m, n): there S is within 1e-6 of the largest singular value of LAPACK's, U and
-    Vh are orthonormal within 1e-5 also where singular values are zero. Deterministic, without host synchronisation;
-    a matrix's result depends on neither its batch nor its position in it. Of the factor on the shorter side (Vh if
-    m >= n) each vector's largest element, the first among equals, is positive.
+    Vh are orthonormal within 1e-5 also where singular values are zero. Deterministic; a matrix's result depends
+    neither on its batch nor on its place in it. Of the factor on the shorter side (Vh if m >= n) each vector's
+    largest element, the first among equals, is positive.
 
     Args:
         matrices: [batch, m, n], or a sequence of matrices [m, n] of one shape (stacked on every call). float32,
@@ -48,9 +48,9 @@ def batched_rsvd(
     a = stacked_matrices(matrices)
     sketch = sketch_size(a, rank, oversampling, power_iterations, seed)
     wide = a.shape[1] < a.shape[2]
-    u, s, v = torch.ops.mtlora_kernels.batched_rsvd(
-        a.mT if wide else a, rank, sketch, power_iterations, seed, resolve_spectral(impl, a.device)
-    )
+    tall = a.mT.contiguous() if wide else a  # kernels read rows, twice
+    impl = resolve_spectral(impl, a.device)
+    u, s, v = torch.ops.mtlora_kernels.batched_rsvd(tall, rank, sketch, power_iterations, seed, impl)
     return (v, s, u.mT) if wide else (u, s, v.mT)
 
 
@@ -81,8 +81,7 @@ class SpectralWeights:
 
 def compute_weights(stacks: Sequence[Tensor], kind: str, impl: str | None) -> list[Tensor]:
     """M_i = V diag(sqrt(w)) V^T [L, N, r, r] ("pairwise") or w [L, N, r] ("gram") of each stack, constants."""
-    weights = torch.ops.mtlora_kernels.spectral_weights
-    return [weights(b.detach(), kind, resolve_spectral(impl, b.device)) for b in stacks]
+    return [spectral_eager.weights(b.detach(), kind, resolve_spectral(impl, b.device)) for b in stacks]
 
 
 def spectral_penalty(
@@ -110,7 +109,8 @@ def spectral_penalty(
         impl: None, or a name of `available_spectral_impls`: that one or an error.
 
     Returns:
-        The loss. No host synchronisation; capturable in a CUDA graph. Its gradient has each tensor's dtype.
+        The loss. Its gradient has each tensor's dtype. The kernels do not synchronise with the host and can be
+        captured in a CUDA graph; the reference looks at its convergence.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was launched.
@@ -123,7 +123,7 @@ def spectral_penalty(
     total = sum(len(b) * b.shape[1] for b in stacks)
     loss = None
     for b, w in zip(stacks, held, strict=True):
-        part, _, _ = torch.ops.mtlora_kernels.spectral_penalty_fwd(b, w, kind, resolve_spectral(impl, b.device))
+        part = spectral_eager.penalty(b, w, kind, resolve_spectral(impl, b.device))
         if kind == "gram" and len(stacks) > 1:
             part = part * (len(b) * b.shape[1] / total)
         loss = part if loss is None else loss + part.to(loss.device)

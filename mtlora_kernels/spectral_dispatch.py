@@ -17,19 +17,23 @@ _TABLE = {
 SPECTRAL_IMPLS = tuple(_TABLE)
 
 
-@torch.compiler.assume_constant_result
-@cache
+def _images() -> tuple[tuple[int, bool], ...]:
+    """(compute capability, whether later ones can use it too) of each compiled image of the CUDA kernels."""
+    architectures = _module("_C").build_info()["cuda_architectures"] if _BUILT["cuda"] else ()
+    parts = [re.fullmatch(r"(\d+)(.*)", name).groups() for name in architectures]  # 80, 90a, 86-real, ...
+    return tuple((int(number), suffix in ("", "-virtual")) for number, suffix in parts)
+
+
+_IMAGES = _images()
+
+
 def _has_image(device: torch.device) -> bool:
     """Whether the CUDA kernels, which run from compute capability 8.0, were compiled for this device."""
-    if not _BUILT["cuda"] or not torch.cuda.is_available():
+    if not _IMAGES or not torch.cuda.is_available():
         return False
-    major, minor = torch.cuda.get_device_capability(device)
-    for architecture in _module("_C").build_info()["cuda_architectures"]:  # 80, 90a, 86-real, ...
-        number, suffix = re.fullmatch(r"(\d+)(.*)", architecture).groups()
-        newer = suffix in ("", "-virtual") and int(number) < 10 * major + minor
-        if newer or int(number) == 10 * major + minor:
-            return True
-    return False
+    properties = torch.cuda.get_device_properties(device)  # which torch.compile takes as a constant
+    own = 10 * properties.major + properties.minor
+    return any(own == number or (newer and own > number) for number, newer in _IMAGES)
 
 
 def _runs_on(impl: str, device: torch.device) -> bool:
@@ -47,14 +51,21 @@ def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, .
     return tuple(impl for impl in reversed(SPECTRAL_IMPLS) if _BUILT[impl] and _runs_on(impl, device))
 
 
-def resolve_spectral(impl: str | None, device: torch.device) -> str:
-    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
+def _resolve(impl: str | None, device: torch.device) -> str:
     available = available_spectral_impls(device)
     if impl is None:
         return available[-1]
     if impl not in available:
         raise ValueError(f"impl is {impl!r}, it must be None or one of {available} for tensors on {device}")
     return impl
+
+
+_resolve_once = cache(_resolve)  # asking the driver costs a call some 10 us
+
+
+def resolve_spectral(impl: str | None, device: torch.device) -> str:
+    """The implementation of a spectral call. None: the fastest on this device; a name: that one or ValueError."""
+    return (_resolve if torch.compiler.is_compiling() else _resolve_once)(impl, device)
 
 
 @cache

@@ -65,17 +65,24 @@ def _spectral_penalty_bwd_fake(dloss, lora_b, weights, x, c, kind, impl):
     return lora_b.new_empty(lora_b.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def setup_context(ctx, inputs, output) -> None:
     lora_b, weights, ctx.kind, ctx.impl = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(lora_b, weights, *output[1:])
 
 
-def _autograd_backward(ctx, dloss: Tensor | None, _dx, _dc):
-    if dloss is None:
-        return None, None, None, None
-    grad = torch.ops.mtlora_kernels.spectral_penalty_bwd(dloss, *ctx.saved_tensors, ctx.kind, ctx.impl)
+def gradients(ctx, dloss: Tensor | None, backward) -> tuple[Tensor | None, None, None, None]:
+    """Of the inputs of spectral_penalty_fwd; backward is the operator spectral_penalty_bwd or its function."""
+    grad = None if dloss is None else backward(dloss, *ctx.saved_tensors, ctx.kind, ctx.impl)
     return grad, None, None, None
+
+
+def _autograd_backward(ctx, dloss: Tensor | None, _dx, _dc):
+    return gradients(ctx, dloss, operator("spectral_penalty_bwd"))
+
+
+def operator(name: str):
+    return getattr(torch.ops.mtlora_kernels, name).default
 
 
 def _no_derivative(name: str, what: str):
@@ -85,19 +92,25 @@ def _no_derivative(name: str, what: str):
     return backward
 
 
-for _name, _implementation, _fake, _backward in (
-    ("batched_rsvd", _batched_rsvd, _batched_rsvd_fake, _no_derivative("batched_rsvd", "")),
-    ("spectral_weights", _spectral_weights, _spectral_weights_fake, _no_derivative("spectral_weights", "")),
-    ("spectral_penalty_fwd", _spectral_penalty_fwd, _spectral_penalty_fwd_fake, _autograd_backward),
+# What the operators run, for callers that have no use for the dispatcher.
+RUN = {
+    "batched_rsvd": _batched_rsvd,
+    "spectral_weights": _spectral_weights,
+    "spectral_penalty_fwd": _spectral_penalty_fwd,
+    "spectral_penalty_bwd": _spectral_penalty_bwd,
+}
+for _name, _fake, _backward in (
+    ("batched_rsvd", _batched_rsvd_fake, _no_derivative("batched_rsvd", "")),
+    ("spectral_weights", _spectral_weights_fake, _no_derivative("spectral_weights", "")),
+    ("spectral_penalty_fwd", _spectral_penalty_fwd_fake, _autograd_backward),
     (
         "spectral_penalty_bwd",
-        _spectral_penalty_bwd,
         _spectral_penalty_bwd_fake,
         _no_derivative("spectral_penalty", "second "),
     ),
 ):
     for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, _implementation, _key)
+        _lib.impl(_name, RUN[_name], _key)
     torch.library.register_fake(f"mtlora_kernels::{_name}", _fake, lib=_lib)
-    _setup = {"setup_context": _setup_context} if _name == "spectral_penalty_fwd" else {}
+    _setup = {"setup_context": setup_context} if _name == "spectral_penalty_fwd" else {}
     torch.library.register_autograd(f"mtlora_kernels::{_name}", _backward, lib=_lib, **_setup)

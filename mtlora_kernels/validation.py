@@ -22,8 +22,8 @@ def require_tensor(name: str, value: object, *, dim: int | None = None, min_dim:
         raise ValueError(f"{name} has {value.dim()} dimensions, it must have at least {min_dim}")
 
 
-def require_shape(name: str, value: Tensor, shape: Sequence[int], meaning: str) -> None:
-    if tuple(value.shape) != tuple(shape):
+def require_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if value.shape != shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}, it must be {meaning} = {tuple(shape)}")
 
 
@@ -99,11 +99,13 @@ def check_routed_lora(
         require_shape("residual", residual, (*x.shape[:-1], d_out), "[leading dims of x, d_out]")
     if accumulate_into_residual and (numerics != "eager" or residual is None):
         raise ValueError("accumulate_into_residual is True, it needs numerics='eager' and a residual")
-    others = {"lora_a": lora_a, "lora_b": lora_b, "router": router, "residual": residual}
-    others |= {"expert_scale": expert_scale, "route_weights": route_weights}
-    for name, tensor in others.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, it must be on x's device {x.device}")
+    device = x.device
+    for name, tensor in (
+        ("lora_a", lora_a), ("lora_b", lora_b), ("router", router), ("residual", residual),
+        ("expert_scale", expert_scale), ("route_weights", route_weights),
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, it must be on x's device {device}")
 
 
 def token_route_weights(route_weights: Tensor, x: Tensor) -> Tensor:

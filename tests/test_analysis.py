@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import mtlora_kernels as mk
-from mtlora_kernels.testing.spectral import make_adapters
+from mtlora_kernels.testing import make_adapters
 
 
 def test_bands_against_loops():

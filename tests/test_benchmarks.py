@@ -12,7 +12,7 @@ from benchmarks.__main__ import parse
 from benchmarks.checks import mismatches
 from benchmarks.floors import Rates, compulsory_bytes, floor_us, operations
 from benchmarks.registry import EXPERT_LOOP, GROUP_PRODUCT, Contender, routed_lora
-from benchmarks.results import ADAPTER_FIELDS, LOSS_FIELDS, PROVENANCE, TRAIN_FIELDS, load
+from benchmarks.results import ACCURACY_FIELDS, ADAPTER_FIELDS, LOSS_FIELDS, PROVENANCE, TRAIN_FIELDS, load
 from benchmarks.shapes import CUDA_SHAPES, Shape, make_inputs
 from benchmarks.timing import BUDGET_S, SLOW_CALL_S, SlowCall, peak_extra_bytes, quantiles, time_call
 
@@ -114,6 +114,30 @@ def test_adapter_run_writes_rows_of_every_field(tiny_suite, tmp_path, capsys):
         assert float(row["ratio_to_floor"]) > 0
         assert row["torch"] == torch.__version__ and row["commit"] and row["date"] and row["device"]
     assert "faster" in capsys.readouterr().out
+
+
+def test_accuracy_rows_compare_with_float64(monkeypatch, tmp_path, capsys):
+    from benchmarks import accuracy
+
+    shape = replace(TINY, dtype=torch.bfloat16)
+    monkeypatch.setattr(accuracy, "shape_table", lambda device, quick: (shape,))
+    assert accuracy.run(CPU, impls=("reference",), folder=tmp_path) == 0
+    rows = load(tmp_path / "accuracy.csv")
+    assert tuple(rows[0]) == ACCURACY_FIELDS
+    assert len(rows) == 3 * 5  # contenders, results
+    assert all(1e-4 < float(row["relative_error"]) < 1e-2 for row in rows)
+    monkeypatch.setattr(accuracy, "SAME_ERROR", 0.0)
+    assert accuracy.run(CPU, impls=("reference",), save=False) == 1
+    assert "errors are larger" in capsys.readouterr().out
+
+
+def test_kernels_need_a_gpu_and_have_short_names():
+    from benchmarks import kernels
+
+    with pytest.raises(SystemExit, match="it must be cuda"):
+        kernels.run(CPU)
+    assert kernels.short_name("_project_kernel") == "_project_kernel"
+    assert kernels.short_name("void mtlora::(anonymous namespace)::expand<128, 64>(Params)") == "expand"
 
 
 def test_plot_draws_what_is_stored(tiny_suite, tmp_path):

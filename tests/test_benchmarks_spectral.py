@@ -11,7 +11,7 @@ from benchmarks import spectral_contenders
 from benchmarks.__main__ import parse
 from benchmarks.results import load
 from benchmarks.timing import BUDGET_S
-from mtlora_kernels.testing.spectral import float64_penalty, make_adapters, trap_matrices
+from mtlora_kernels.testing import float64_penalty, make_adapters, trap_matrices
 
 CPU = torch.device("cpu")
 
@@ -28,7 +28,7 @@ def test_decompositions_agree(contender):
 def test_penalties_agree(kind):
     lora_b = make_adapters(2, 3, 40, 8, dtype=torch.float32, device=CPU).lora_b
     expected, gradient = float64_penalty(lora_b, kind)
-    for contender in spectral_contenders.penalties(kind, ("reference",)):
+    for contender in spectral_contenders.penalties(kind, CPU, ("reference",)):
         loss, grad = contender.call(lora_b)
         torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
         torch.testing.assert_close(grad.double(), gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
@@ -52,6 +52,10 @@ def test_rows_have_every_field(tiny_tasks, tmp_path, capsys):
         rows = load(tmp_path / f"{name}.csv")
         assert rows and {row["impl"] for row in rows} == {"", "reference"}
         assert all(value != "" for row in rows for key, value in row.items() if key not in ("impl", "triton"))
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    assert plots.draw_all(tmp_path) == 0 and len(list(tmp_path.glob("spectral_*.png"))) == 1
 
 
 def test_a_mismatch_prints_no_time_and_fails(tiny_tasks, monkeypatch, capsys):

@@ -110,6 +110,18 @@ def test_check_passes_here():
     assert "checks agree" in done.stdout.splitlines()[-1]
 
 
+def test_jobs_give_the_rows_of_one_process():
+    def rows(*arguments: str) -> list[dict]:
+        done = cli("check", "--quick", "--device", "cpu", "--impl", "reference", "--json", *arguments)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [{key: row[key] for key in ("kind", "case", "mismatches")} for row in json.loads(done.stdout)["rows"]]
+
+    assert rows("--jobs", "2") == rows()
+    done = cli("check", "--jobs", "0")
+    assert done.returncode == 1
+    assert "--jobs is 0, it must be at least 1" in done.stderr
+
+
 def test_json():
     done = cli("check", "--quick", "--device", "cpu", "--impl", "reference", "--json")
     answer = json.loads(done.stdout)

@@ -17,8 +17,9 @@ EXPORTS = {
     "routed_lora", "spectral_penalty", "testing",
 }  # fmt: skip
 TESTING = {
-    "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_results",
-    "lattice_inputs", "published_layer", "random_inputs", "rounding_inputs", "run_case", "run_checks", "with_layout",
+    "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_penalty",
+    "float64_results", "lattice_inputs", "make_adapters", "published_layer", "random_inputs", "rounding_inputs",
+    "run_case", "run_checks", "trap_matrices", "with_layout",
 }  # fmt: skip
 
 

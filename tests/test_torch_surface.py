@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import mtlora_kernels as mk
@@ -51,6 +52,31 @@ def test_opcheck_backward(cpu_impl, needs, layout):
     backward = (dout, inputs.dload, inputs.x, inputs.lora_a, inputs.lora_b, inputs.router, h, pi)
     backward += (inputs.expert_scale, seed, 1.7, "relu", 0.3, needs, cpu_impl)
     torch.library.opcheck(OPS.routed_lora_bwd.default, backward)
+
+
+class Listener(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.heard = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.heard.add(function)
+        return function(*args, **kwargs or {})
+
+
+def test_who_listens_hears_the_operators(cpu_impl):
+    inputs = random_inputs(*SHAPE, **FULL)
+    expected = run_case(cpu_impl, inputs)
+    with Listener() as listener:
+        heard = run_case(cpu_impl, inputs)
+    assert {OPS.routed_lora_fwd.default, OPS.routed_lora_bwd.default} <= listener.heard
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        profiled = run_case(cpu_impl, inputs)
+    names = {event.key for event in profile.key_averages()}
+    assert {"mtlora_kernels::routed_lora_fwd", "mtlora_kernels::routed_lora_bwd"} <= names
+    for name, t in expected.items():
+        assert_bitwise_equal(heard[name], t, name)
+        assert_bitwise_equal(profiled[name], t, name)
 
 
 def test_each_gradient_alone(cpu_impl):

@@ -45,10 +45,10 @@ struct RoutedLoraFwd : RoutedLora {
     bool eager;
     bool accumulate_into_residual;
     bool scaling_exact;  // scaling is a value of the compute dtype; CUDA only
-    View residual;  // [tokens, d_out] or absent
-    View out;       // contiguous [tokens, d_out]
-    View load;      // contiguous float [experts], absent when not asked for
-    float* workspace;  // partial sums of load; CUDA only
+    View residual;       // [tokens, d_out] or absent
+    View out;            // contiguous [tokens, d_out]
+    View load;           // contiguous float [experts], absent when not asked for
+    float* workspace;    // partial sums of load; CUDA only
 };
 
 // Gradients that are absent are not computed. Those present are contiguous.
@@ -56,10 +56,12 @@ struct RoutedLoraBwd : RoutedLora {
     View dout;   // [tokens, d_out]
     View dload;  // contiguous float [experts] or absent
     View dx, dlora_a, dlora_b, drouter;
-    View dpi;            // float [tokens, groups, experts]
-    View dexpert_scale;  // [experts]
-    float* dlogits;      // workspace [tokens, groups, experts], absent when no gradient reads it
-    float* dh;           // workspace [tokens, rank], absent when no gradient reads it
+    View dpi;             // float [tokens, groups, experts]
+    View dexpert_scale;   // [experts]
+    float* dlogits;       // CPU only: workspace [tokens, groups, experts], absent when no gradient reads it
+    float* dh;            // CPU only: workspace [tokens, rank], absent when no gradient reads it
+    void* workspace;      // CUDA only: cuda::routed_lora_bwd_workspace bytes
+    int64_t token_chunk;  // CUDA only: tokens of one accumulator where K is all tokens
 };
 
 }  // namespace mtlora

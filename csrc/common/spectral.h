@@ -16,9 +16,9 @@ struct Rsvd {
     void* stream;       // CUDA only
     double* workspace;  // CUDA only
     View matrices;      // [batch, rows, cols]
-    float* u;         // [batch, rows, rank]
-    float* s;         // [batch, rank]
-    float* v;         // [batch, cols, rank]
+    float* u;           // [batch, rows, rank]
+    float* s;           // [batch, rank]
+    float* v;           // [batch, cols, rank]
 };
 
 // lora_b is [layers * experts, rows, rank]; everything else is contiguous.

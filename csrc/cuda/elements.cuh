@@ -39,20 +39,26 @@ __device__ inline float2 to_float2(__half2 v) {
 
 template <class E>
 __device__ inline E rounded(float v) {
-    if constexpr (std::is_same_v<E, bf16>) return __float2bfloat16_rn(v);
-    else return __float2half_rn(v);
+    if constexpr (std::is_same_v<E, bf16>)
+        return __float2bfloat16_rn(v);
+    else
+        return __float2half_rn(v);
 }
 template <class E>
 __device__ inline Pair<E> rounded2(float low, float high) {
-    if constexpr (std::is_same_v<E, bf16>) return __floats2bfloat162_rn(low, high);
-    else return __floats2half2_rn(low, high);
+    if constexpr (std::is_same_v<E, bf16>)
+        return __floats2bfloat162_rn(low, high);
+    else
+        return __floats2half2_rn(low, high);
 }
 
 // Both halves the same.
 template <class E>
 __device__ inline Pair<E> twice(E v) {
-    if constexpr (std::is_same_v<E, bf16>) return __bfloat162bfloat162(v);
-    else return __half2half2(v);
+    if constexpr (std::is_same_v<E, bf16>)
+        return __bfloat162bfloat162(v);
+    else
+        return __half2half2(v);
 }
 
 }  // namespace mtlora::cuda

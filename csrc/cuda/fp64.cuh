@@ -32,22 +32,6 @@ __device__ inline T rounded_to(float v) {
         return rounded<T>(v);
 }
 
-// Walks the cells of a grid that thread 0, 1, ... of `threads` owns, without a division a step.
-struct Cells {
-    int row, col, row_step, col_step, cols;
-
-    __device__ Cells(int thread, int threads, int cols)
-        : row(thread / cols), col(thread % cols), row_step(threads / cols), col_step(threads % cols), cols(cols) {}
-    __device__ void next() {
-        row += row_step;
-        col += col_step;
-        if (col >= cols) {
-            col -= cols;
-            ++row;
-        }
-    }
-};
-
 // count contiguous elements, moved as one access where their alignment allows it.
 template <class T, int count, bool aligned>
 struct alignas(aligned ? sizeof(T) * count : sizeof(T)) Elements {

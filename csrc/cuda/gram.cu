@@ -10,8 +10,8 @@ namespace mtlora::cuda {
 namespace {
 
 constexpr int kSumLanes = 32, kWarps = kSumLanes / kGramSplits, kThreads = kWarps * kWarp;
-constexpr int kWhole = 64;  // columns of the widest matrix whose triangle one block holds in registers
-constexpr int kTile = 32;   // columns of a tile when the matrix has more
+constexpr int kTile = 32;  // columns of a tile when the matrix has more
+constexpr int kAhead = 4;  // products whose rows are loaded together
 
 struct GramArgs {
     const void* a;
@@ -42,7 +42,6 @@ struct Columns {
 template <class T, int V, bool kAligned, bool kDiagonal>
 __device__ void gram_tile(const GramArgs& a, int64_t matrix, int split, int left, int top) {
     constexpr int kBlocks = kDiagonal ? V * (V + 1) / 2 : V * V;
-    constexpr int kAhead = V > 4 ? 2 : 4;  // products whose rows are loaded together
     const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
     const int first_row = split + kGramSplits * warp + kSumLanes * (lane % 4), column = V * (lane / 4);
     const T* base = static_cast<const T*>(a.a) + matrix * a.matrix_stride;
@@ -133,13 +132,12 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const GramArgs a) {
 template <class T, int V>
 void start(const GramArgs& a, int64_t batch, void* stream) {
     const int64_t bytes = V * int64_t(sizeof(T));
-    constexpr bool kVector = (V & (V - 1)) == 0;
-    const bool aligned = kVector && a.cols % V == 0 && a.row_stride % V == 0 && a.matrix_stride % V == 0 &&
+    const bool aligned = V != 3 && a.cols % V == 0 && a.row_stride % V == 0 && a.matrix_stride % V == 0 &&
                          reinterpret_cast<uintptr_t>(a.a) % bytes == 0;
     const dim3 grid{unsigned(batch * kGramSplits * (a.tiles * (a.tiles + 1) / 2))};
     const int blocks = a.tiles > 1 ? V * V : V * (V + 1) / 2;
     const int shared = kWarps / 2 * blocks * kWarp * int(sizeof(double2));
-    if constexpr (kVector) {
+    if constexpr (V != 3) {
         if (aligned) return launch<gram_kernel<T, V, true>>("gram", grid, kThreads, shared, stream, false, a);
     }
     launch<gram_kernel<T, V, false>>("gram", grid, kThreads, shared, stream, false, a);
@@ -147,23 +145,15 @@ void start(const GramArgs& a, int64_t batch, void* stream) {
 
 template <class T>
 void start(const GramArgs& a, int64_t batch, void* stream) {
-    switch (a.tiles > 1 ? kTile / 8 : (a.cols + 7) / 8) {
+    switch ((a.cols + 7) / 8) {
         case 1:
             return start<T, 1>(a, batch, stream);
         case 2:
             return start<T, 2>(a, batch, stream);
         case 3:
             return start<T, 3>(a, batch, stream);
-        case 4:
-            return start<T, 4>(a, batch, stream);
-        case 5:
-            return start<T, 5>(a, batch, stream);
-        case 6:
-            return start<T, 6>(a, batch, stream);
-        case 7:
-            return start<T, 7>(a, batch, stream);
         default:
-            return start<T, 8>(a, batch, stream);
+            return start<T, 4>(a, batch, stream);
     }
 }
 
@@ -171,7 +161,7 @@ void start(const GramArgs& a, int64_t batch, void* stream) {
 
 void gram_partial(const View& a, int64_t batch, int64_t rows, int64_t cols, double* partial, void* stream) {
     const GramArgs args{a.data,    a.stride[0], a.stride[1],
-                        int(rows), int(cols),   int(cols <= kWhole ? 1 : (cols + kTile - 1) / kTile),
+                        int(rows), int(cols),   int(cols <= kTile ? 1 : (cols + kTile - 1) / kTile),
                         partial};
     switch (a.dtype) {
         case DType::f32:

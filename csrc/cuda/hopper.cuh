@@ -15,6 +15,12 @@ __device__ inline uint32_t smem_address(const void* p) {
     return uint32_t(__cvta_generic_to_shared(p));
 }
 
+// Lane 0's value in every lane. Tells the compiler that what follows from it is the same across the warp: descriptors
+// then stay in uniform registers, where wgmma takes them; moving them there costs more than a small wgmma.
+__device__ inline int uniform(int v) {
+    return __shfl_sync(~0u, v, 0);
+}
+
 // ---- mbarriers ----
 
 __device__ inline void barrier_init(uint64_t* barrier, uint32_t arrivals) {
@@ -68,7 +74,7 @@ __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
     asm volatile(
         "{\n.reg .b32 remote;\n"
         "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
         "r"(rank)
         : "memory");
 }
@@ -98,8 +104,8 @@ __device__ inline void prefetch_map(const CUtensorMap* map) {
 
 __device__ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
-            "r"(smem_address(to)),
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
+        "[%2];" ::"r"(smem_address(to)),
         "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1)
         : "memory");
 }
@@ -160,8 +166,10 @@ __device__ inline void fence_async_proxy() {
 enum class Swizzle : int { none = 0, b128 = 1, b64 = 2, b32 = 3 };  // the code in a shared-memory descriptor
 
 __host__ __device__ constexpr Swizzle swizzle_of(int row_bytes) {
-    return row_bytes >= 128 ? Swizzle::b128 : row_bytes == 64 ? Swizzle::b64 : row_bytes == 32 ? Swizzle::b32
-                                                                                              : Swizzle::none;
+    return row_bytes >= 128  ? Swizzle::b128
+           : row_bytes == 64 ? Swizzle::b64
+           : row_bytes == 32 ? Swizzle::b32
+                             : Swizzle::none;
 }
 
 // Byte offset of a 16-byte unit (or what is inside it) in a tile of rows of `row_bytes`, as TMA writes it with
@@ -180,6 +188,11 @@ __device__ inline uint32_t swizzled(uint32_t offset) {
 __device__ inline uint64_t smem_descriptor(const void* tile, uint32_t leading, uint32_t stride, Swizzle swizzle) {
     return uint64_t((smem_address(tile) & 0x3ffff) >> 4) | uint64_t(leading >> 4) << 16 | uint64_t(stride >> 4) << 32 |
            uint64_t(swizzle) << 62;
+}
+
+// The operand that starts `bytes` further on: an addition to the low word alone.
+__device__ inline uint64_t advanced(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & 0xffffffff00000000) | uint32_t(uint32_t(descriptor) + (bytes >> 4));
 }
 
 __device__ inline void wgmma_fence() {
@@ -211,18 +224,23 @@ __device__ inline void wgmma_wait() {
 // Operand lists: registers by number for the instruction, by element for the compiler.
 
 #define MTLORA_REGS_8 "%0, %1, %2, %3"
-#define MTLORA_REGS_16 MTLORA_REGS_8 \
+#define MTLORA_REGS_16 \
+    MTLORA_REGS_8      \
     ", %4, %5, %6, %7"
-#define MTLORA_REGS_32 MTLORA_REGS_16 \
+#define MTLORA_REGS_32 \
+    MTLORA_REGS_16     \
     ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define MTLORA_REGS_64 MTLORA_REGS_32 \
+#define MTLORA_REGS_64 \
+    MTLORA_REGS_32     \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MTLORA_REGS_128 MTLORA_REGS_64 \
+#define MTLORA_REGS_128                                                                \
+    MTLORA_REGS_64                                                                     \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MTLORA_REGS_256 MTLORA_REGS_128 \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+#define MTLORA_REGS_256                                                                            \
+    MTLORA_REGS_128                                                                                \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
     ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MTLORA_OUT_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
@@ -233,34 +251,36 @@ __device__ inline void wgmma_wait() {
 #define MTLORA_OUT_128(d, i) MTLORA_OUT_64(d, i), MTLORA_OUT_64(d, i + 64)
 
 // accumulate = false starts from zero.
-#define MTLORA_WGMMA(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                                           \
-    template <class E, int trans_a, int trans_b>                                                                     \
-    __device__ inline void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {                       \
-        if constexpr (std::is_same_v<E, bf16>) {                                                                     \
-            MTLORA_WGMMA_SS(N, COUNT, "bf16", I0, I1, I2, I3, I4);                                                   \
-        } else {                                                                                                     \
-            MTLORA_WGMMA_SS(N, COUNT, "f16", I0, I1, I2, I3, I4);                                                    \
-        }                                                                                                            \
-    }                                                                                                                \
-    template <class E, int trans_b>                                                                                  \
-    __device__ inline void wgmma(float (&d)[COUNT], const uint32_t* a, uint64_t b, bool accumulate) {                \
-        if constexpr (std::is_same_v<E, bf16>) {                                                                     \
-            MTLORA_WGMMA_RS(N, COUNT, "bf16", I0, I1, I2, I3, I4, I5, I6);                                           \
-        } else {                                                                                                     \
-            MTLORA_WGMMA_RS(N, COUNT, "f16", I0, I1, I2, I3, I4, I5, I6);                                            \
-        }                                                                                                            \
+#define MTLORA_WGMMA(N, COUNT, I0, I1, I2, I3, I4, I5, I6)                                            \
+    template <class E, int trans_a, int trans_b>                                                      \
+    __device__ inline void wgmma(float (&d)[COUNT], uint64_t a, uint64_t b, bool accumulate) {        \
+        if constexpr (std::is_same_v<E, bf16>) {                                                      \
+            MTLORA_WGMMA_SS(N, COUNT, "bf16", I0, I1, I2, I3, I4);                                    \
+        } else {                                                                                      \
+            MTLORA_WGMMA_SS(N, COUNT, "f16", I0, I1, I2, I3, I4);                                     \
+        }                                                                                             \
+    }                                                                                                 \
+    template <class E, int trans_b>                                                                   \
+    __device__ inline void wgmma(float (&d)[COUNT], const uint32_t* a, uint64_t b, bool accumulate) { \
+        if constexpr (std::is_same_v<E, bf16>) {                                                      \
+            MTLORA_WGMMA_RS(N, COUNT, "bf16", I0, I1, I2, I3, I4, I5, I6);                            \
+        } else {                                                                                      \
+            MTLORA_WGMMA_RS(N, COUNT, "f16", I0, I1, I2, I3, I4, I5, I6);                             \
+        }                                                                                             \
     }
-#define MTLORA_WGMMA_SS(N, COUNT, TYPE, I0, I1, I2, I3, I4)                                                          \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2 ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N "}, %" #I0     \
-                 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}"                                                       \
-                 : MTLORA_OUT_##COUNT(d, 0)                                                                          \
+#define MTLORA_WGMMA_SS(N, COUNT, TYPE, I0, I1, I2, I3, I4)                                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I2                                             \
+                 ", 0;\n"                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N \
+                 "}, %" #I0 ", %" #I1 ", p, 1, 1, %" #I3 ", %" #I4 ";\n}"                             \
+                 : MTLORA_OUT_##COUNT(d, 0)                                                           \
                  : "l"(a), "l"(b), "r"(int(accumulate)), "n"(trans_a), "n"(trans_b))
-#define MTLORA_WGMMA_RS(N, COUNT, TYPE, I0, I1, I2, I3, I4, I5, I6)                                                  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5 ", 0;\n"                                                   \
-                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N "}, {%" #I0    \
-                 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 ";\n}"                                  \
-                 : MTLORA_OUT_##COUNT(d, 0)                                                                          \
+#define MTLORA_WGMMA_RS(N, COUNT, TYPE, I0, I1, I2, I3, I4, I5, I6)                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #I5                                             \
+                 ", 0;\n"                                                                             \
+                 "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" MTLORA_REGS_##N \
+                 "}, {%" #I0 ", %" #I1 ", %" #I2 ", %" #I3 "}, %" #I4 ", p, 1, 1, %" #I6 ";\n}"       \
+                 : MTLORA_OUT_##COUNT(d, 0)                                                           \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int(accumulate)), "n"(trans_b))
 
 MTLORA_WGMMA(8, 4, 4, 5, 6, 7, 8, 9, 10)

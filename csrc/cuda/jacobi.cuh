@@ -12,6 +12,22 @@ namespace mtlora::cuda {
 constexpr int kMaxWidth = 64, kMaxPairs = kMaxWidth / 2, kMaxSweeps = 24;
 constexpr double kRotate = 0x1p-54;
 
+// Walks the cells of a grid that thread 0, 1, ... of `threads` owns, without a division a step.
+struct Cells {
+    int row, col, row_step, col_step, cols;
+
+    __device__ Cells(int thread, int threads, int cols)
+        : row(thread / cols), col(thread % cols), row_step(threads / cols), col_step(threads % cols), cols(cols) {}
+    __device__ void next() {
+        row += row_step;
+        col += col_step;
+        if (col >= cols) {
+            col -= cols;
+            ++row;
+        }
+    }
+};
+
 struct Rotations {
     double c[kMaxPairs], s[kMaxPairs];
     int p[kMaxPairs], q[kMaxPairs];

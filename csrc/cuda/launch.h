@@ -12,7 +12,8 @@
 
 namespace mtlora::cuda {
 
-constexpr int kMaxSharedBytes = 227 * 1024;  // of a block on Hopper
+constexpr int kMaxSharedBytes = 227 * 1024;     // of a block on Hopper
+constexpr int kDefaultSharedBytes = 48 * 1024;  // more has to be asked for; static arrays count too
 
 // Throws std::runtime_error with the kernel's name and what CUDA says.
 void check(cudaError_t status, const char* kernel);
@@ -30,26 +31,35 @@ struct Dimension {
 CUtensorMap tensor_map(const void* data, DType dtype, std::initializer_list<Dimension> dimensions);
 
 // One kernel with one parameter struct. `dependent` lets it start while the kernel before it in the stream still
-// runs, once that has called launch_dependents.
+// runs, once that has called launch_dependents. More than one: `cluster` blocks along x form a cluster.
 template <auto kernel, class Params>
 void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* stream, bool dependent,
-            const Params& params) {
-    static std::atomic<uint64_t> prepared{0};  // a bit per device
-    const uint64_t device = uint64_t(1) << (current_device() & 63);
-    if (!(prepared.load(std::memory_order_relaxed) & device)) {
-        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()), name);
-        prepared.fetch_or(device, std::memory_order_relaxed);
+            const Params& params, int cluster = 1) {
+    if (shared_bytes > kDefaultSharedBytes) {
+        static std::atomic<uint64_t> prepared{0};  // a bit per device
+        const uint64_t device = uint64_t(1) << (current_device() & 63);
+        if (!(prepared.load(std::memory_order_relaxed) & device)) {
+            check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes()), name);
+            prepared.fetch_or(device, std::memory_order_relaxed);
+        }
     }
-    cudaLaunchAttribute attribute;
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchAttribute attributes[2];
+    unsigned count = 0;
+    if (dependent) {
+        attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster > 1) {
+        attributes[count].id = cudaLaunchAttributeClusterDimension;
+        attributes[count++].val.clusterDim = {unsigned(cluster), 1, 1};
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = size_t(shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
-    config.attrs = &attribute;
-    config.numAttrs = dependent ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     check(cudaLaunchKernelEx(&config, kernel, params), name);
 }
 

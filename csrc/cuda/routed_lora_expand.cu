@@ -19,14 +19,14 @@ namespace {
 constexpr int kRows = 64;         // tokens of a tile
 constexpr int kSlots = 4;         // tiles between load and store: two for each warpgroup
 constexpr int kWeightPitch = 36;  // elements of a staged row of pi: 8 rows then touch 32 different banks
-constexpr int kThreads = 320;  // two multiplying warpgroups, a loading and a storing warp
+constexpr int kThreads = 320;     // two multiplying warpgroups, a loading and a storing warp
 
 struct ExpandArgs {
     CUtensorMap b, residual, out;
     const void *h, *pi, *scale;
     float scaling;
     int tokens, groups, outputs, experts;  // outputs of one group
-    int chunks;  // of 64 k, from experts and rank
+    int chunks;                            // of 64 k, from experts and rank
     int tiles_per_group, row_tiles;
     bool has_residual, into_residual;
     bool scaling_exact;  // scaling is a value of E
@@ -40,9 +40,13 @@ struct ExpandTile {
     static constexpr int kSlotBytes = kRows * BO * 2;
     static constexpr int kSlabBytes = BO * R * 2;  // one expert's outputs
     static constexpr int kChunkExperts = 64 / R;
+    // Narrow tiles leave room for two blocks on a multiprocessor, which hide each other's latencies.
+    static constexpr int kBlocks = BO == 32 && R <= 32 || BO == 64 && R <= 16 ? 2 : 1;
+    // One block alone keeps to 168 registers a thread, which leaves room for a block of `project`.
+    static constexpr int kMaxThreads = kBlocks == 2 ? kThreads : 384;
     static constexpr int shared_bytes(int chunks) {
-        return 1024 + chunks * kChunkExperts * kSlabBytes + kSlots * kSlotBytes +
-               8 * 16 * kWeightPitch * 2 + 256;  // alignment, B, tiles, pi, barriers
+        return 1024 + chunks * kChunkExperts * kSlabBytes + kSlots * kSlotBytes + 8 * 16 * kWeightPitch * 2 +
+               256;  // alignment, B, tiles, pi, barriers
     }
 };
 
@@ -117,6 +121,8 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
                               float (&acc)[BO / 2]) {
     using Tile = ExpandTile<R, BO>;
     const int row = threadIdx.x % 32 / 4;
+    // Without a swizzle (R = 8) the two halves of k are two experts.
+    const uint64_t experts = smem_descriptor(b, Tile::kSlabBytes, 16 * R, swizzle_of(2 * R));
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
         const int first = chunk * Tile::kChunkExperts;
         E w[2][Tile::kChunkExperts];
@@ -136,9 +142,7 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
-            const char* slab = b + (first + k * 16 / R) * Tile::kSlabBytes + (k * 16 % R) * 2;
-            // Without a swizzle (R = 8) the two halves of k are two experts.
-            const uint64_t operand = smem_descriptor(slab, Tile::kSlabBytes, 16 * R, swizzle_of(2 * R));
+            const uint64_t operand = advanced(experts, (first + k * 16 / R) * Tile::kSlabBytes + k * 16 % R * 2);
             wgmma<E, 0>(acc, z + 4 * k, operand, chunk > 0 || k > 0);
         }
         wgmma_commit();
@@ -148,20 +152,22 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
     }
 }
 
-// sum += E(E(pi_i E(s_i E(B_i h))) scaling) for the experts in order; `plain` without s and with a scaling that E holds.
+// sum += E(E(pi_i E(s_i E(B_i h))) scaling) for the experts in order; `plain` without s and with a scaling that E
+// holds.
 template <class E, int R, int BO, bool plain>
 __device__ void expert_sum(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
                            Pair<E> (&sum)[BO / 4]) {
     const int row = threadIdx.x % 32 / 4;
     const Pair<E> scaling = twice<E>(rounded<E>(p.scaling));
+    const uint64_t experts = smem_descriptor(b, 16, 16 * R, swizzle_of(2 * R));
     for (int expert = 0; expert < p.experts; ++expert) {
-        const char* const slab = b + expert * ExpandTile<R, BO>::kSlabBytes;
+        const uint64_t slab = advanced(experts, expert * ExpandTile<R, BO>::kSlabBytes);
         float acc[BO / 2];
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < R / 16; ++k) {
             const uint32_t a[4] = {h[0][2 * k], h[1][2 * k], h[0][2 * k + 1], h[1][2 * k + 1]};
-            wgmma<E, 0>(acc, a, smem_descriptor(slab + 32 * k, 16, 16 * R, swizzle_of(2 * R)), k > 0);
+            wgmma<E, 0>(acc, a, advanced(slab, 32 * k), k > 0);
         }
         wgmma_commit();
         const Pair<E> w[2] = {twice<E>(weights[row * kWeightPitch + expert]),
@@ -186,7 +192,7 @@ __device__ void expert_sum(const ExpandArgs& p, const char* b, const E* weights,
 }
 
 template <class E, int R, int BO, bool eager>
-__global__ void __launch_bounds__(384, 1)  // not kThreads: 168 registers leave room for a block of `project`
+__global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, BO>::kBlocks)
     expand_kernel(const __grid_constant__ ExpandArgs p) {
     using Tile = ExpandTile<R, BO>;
     extern __shared__ char raw[];
@@ -198,7 +204,7 @@ __global__ void __launch_bounds__(384, 1)  // not kThreads: 168 registers leave 
     uint64_t* const full = b_full + 1;       // the residual is there
     uint64_t* const ready = full + kSlots;   // the result is there
     uint64_t* const empty = ready + kSlots;  // the result has been read
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const int group = int(blockIdx.x) / p.tiles_per_group;
     const int column = int(blockIdx.x) % p.tiles_per_group * BO;
     const int begin = int(int64_t(p.row_tiles) * blockIdx.y / gridDim.y);
@@ -276,8 +282,10 @@ __global__ void __launch_bounds__(384, 1)  // not kThreads: 168 registers leave 
                 const char* at = slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q);
                 sum[i] = p.into_residual ? *reinterpret_cast<const Pair<E>*>(at) : twice<E>(rounded<E>(0.0f));
             }
-            if (p.scale == nullptr && p.scaling_exact) expert_sum<E, R, BO, true>(p, b, weights, h, sum);
-            else expert_sum<E, R, BO, false>(p, b, weights, h, sum);
+            if (p.scale == nullptr && p.scaling_exact)
+                expert_sum<E, R, BO, true>(p, b, weights, h, sum);
+            else
+                expert_sum<E, R, BO, false>(p, b, weights, h, sum);
 #pragma unroll
             for (int i = 0; i < BO / 4; ++i) {
                 auto* at = reinterpret_cast<Pair<E>*>(slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q));
@@ -305,12 +313,12 @@ __global__ void __launch_bounds__(384, 1)  // not kThreads: 168 registers leave 
 }
 
 // Runs of tokens per column tile: the fewest rounds of blocks, counting a block's start as 1.5 tiles (its B).
-int token_splits(int64_t column_tiles, int64_t row_tiles) {
-    const int64_t blocks = multiprocessors();
+int token_splits(int64_t column_tiles, int64_t row_tiles, int64_t blocks) {
     int best = 1;
     double best_cost = 1e30;
     for (int splits = 1; splits <= std::min<int64_t>(row_tiles, 2 * blocks); ++splits) {
-        const double cost = double(ceil_div(column_tiles * splits, blocks)) * (double(ceil_div(row_tiles, splits)) + 1.5);
+        const double cost =
+            double(ceil_div(column_tiles * splits, blocks)) * (double(ceil_div(row_tiles, splits)) + 1.5);
         if (cost < best_cost) {
             best = splits;
             best_cost = cost;
@@ -328,9 +336,9 @@ void launch_expand(const RoutedLoraFwd& f, int chunks) {
     p.b = tensor_map(f.lora_b.data, f.compute_dtype,
                      {{R, 1, R}, {size, R, BO}, {f.groups, size * R, 1}, {f.experts, f.d_out * R, experts}});
     if (f.residual.data) {
-        p.residual = tensor_map(
-            f.residual.data, f.compute_dtype,
-            {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.residual.stride[0], kRows}});
+        p.residual =
+            tensor_map(f.residual.data, f.compute_dtype,
+                       {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.residual.stride[0], kRows}});
     }
     p.out = tensor_map(f.out.data, f.compute_dtype,
                        {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.d_out, kRows}});
@@ -349,7 +357,9 @@ void launch_expand(const RoutedLoraFwd& f, int chunks) {
     p.into_residual = f.accumulate_into_residual;
     p.scaling_exact = f.scaling_exact;
     const int64_t column_tiles = f.groups * p.tiles_per_group;
-    const dim3 grid(unsigned(column_tiles), unsigned(token_splits(column_tiles, row_tiles)));
+    const int resident = Tile::kBlocks * Tile::shared_bytes(chunks) <= kMaxSharedBytes ? Tile::kBlocks : 1;
+    const dim3 grid(unsigned(column_tiles),
+                    unsigned(token_splits(column_tiles, row_tiles, multiprocessors() * resident)));
     launch<expand_kernel<E, R, BO, eager>>("routed_lora expand", grid, kThreads, Tile::shared_bytes(chunks), f.stream,
                                            true, p);
 }
@@ -360,19 +370,20 @@ void choose_outputs(const RoutedLoraFwd& f) {
     const int chunks = int(ceil_div(f.experts * R, 64));
     auto padded = [&](int outputs) { return ceil_div(size, outputs) * outputs; };
     // Narrower tiles where the group's tail would waste a quarter of the products, where B does not fit, and where
-    // there are too few blocks for the multiprocessors.
-    int outputs = 128;
+    // there are too few blocks for the multiprocessors. The sum over experts is bound by latency: 64, two blocks.
+    int outputs = eager ? 64 : 128;
     auto too_wide = [&] {
-        const int bytes = outputs == 128 ? ExpandTile<R, 128>::shared_bytes(chunks) : ExpandTile<R, 64>::shared_bytes(chunks);
+        const int bytes =
+            outputs == 128 ? ExpandTile<R, 128>::shared_bytes(chunks) : ExpandTile<R, 64>::shared_bytes(chunks);
         return padded(outputs) * 4 > padded(32) * 5 || bytes > kMaxSharedBytes ||
                row_tiles * f.groups * ceil_div(size, outputs) < multiprocessors() * 3 / 4;
     };
     while (outputs > 32 && too_wide()) outputs /= 2;
-    switch (outputs) {
-        case 32: return launch_expand<E, R, 32, eager>(f, chunks);
-        case 64: return launch_expand<E, R, 64, eager>(f, chunks);
-        default: return launch_expand<E, R, 128, eager>(f, chunks);
+    if (outputs == 32) return launch_expand<E, R, 32, eager>(f, chunks);
+    if constexpr (!eager) {
+        if (outputs == 128) return launch_expand<E, R, 128, eager>(f, chunks);
     }
+    return launch_expand<E, R, 64, eager>(f, chunks);
 }
 
 template <class E>
@@ -381,9 +392,12 @@ void choose_rank(const RoutedLoraFwd& f) {
         case 8:
             if (!f.eager) return choose_outputs<E, 8, false>(f);
             break;
-        case 16: return f.eager ? choose_outputs<E, 16, true>(f) : choose_outputs<E, 16, false>(f);
-        case 32: return f.eager ? choose_outputs<E, 32, true>(f) : choose_outputs<E, 32, false>(f);
-        case 64: return f.eager ? choose_outputs<E, 64, true>(f) : choose_outputs<E, 64, false>(f);
+        case 16:
+            return f.eager ? choose_outputs<E, 16, true>(f) : choose_outputs<E, 16, false>(f);
+        case 32:
+            return f.eager ? choose_outputs<E, 32, true>(f) : choose_outputs<E, 32, false>(f);
+        case 64:
+            return f.eager ? choose_outputs<E, 64, true>(f) : choose_outputs<E, 64, false>(f);
     }
     throw std::runtime_error("routed_lora expand: rank must be 16, 32 or 64, or 8 with numerics \"fp32\"");
 }
@@ -391,8 +405,10 @@ void choose_rank(const RoutedLoraFwd& f) {
 }  // namespace
 
 void expand(const RoutedLoraFwd& f) {
-    if (f.compute_dtype == DType::bf16) choose_rank<bf16>(f);
-    else choose_rank<f16>(f);
+    if (f.compute_dtype == DType::bf16)
+        choose_rank<bf16>(f);
+    else
+        choose_rank<f16>(f);
 }
 
 }  // namespace mtlora::cuda

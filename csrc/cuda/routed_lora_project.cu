@@ -16,16 +16,15 @@
 namespace mtlora::cuda {
 namespace {
 
-constexpr int kDepth = 64;  // features a step: 128 bytes, one swizzled row
+constexpr int kDepth = 64;  // features of a slab of a tile: 128 bytes, one swizzled row
 
 struct ProjectArgs {
     CUtensorMap x, lora_a, router;
     void *h, *pi;
     int tokens, steps, experts, groups;
-    int padded;  // router rows a group, zero rows included
-    int stages;
-    int x_rows;      // of a tile of x: 8 for up to 8 tokens, whose rows then repeat down the tile
-    int stage_bytes;
+    int padded;                      // router rows a group, zero rows included
+    int stages, slabs, stage_bytes;  // a stage is one step's slabs of x, then of A, then of the router
+    int x_rows;                      // of a slab of x: 8 for up to 8 tokens, whose rows then repeat down the tile
     bool relu, has_router;
     bool split;  // block 0 of the columns computes h alone
 };
@@ -102,36 +101,47 @@ template <class E, int R, int RC, bool has_h, bool has_router>
 __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full, uint64_t* empty, float (&h)[R / 2],
                          float (&logits)[RC / 2]) {
     using Tile = ProjectTile<R, RC>;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warpgroup = Tile::kWide ? uniform(threadIdx.x / 128) : 0, lane = threadIdx.x % 32;
     const auto release = [&](int s) {
         if (lane < Tile::kCluster) {
-            if constexpr (Tile::kCluster > 1) barrier_arrive(empty + s, lane);
-            else barrier_arrive(empty + s);
+            if constexpr (Tile::kCluster > 1)
+                barrier_arrive(empty + s, lane);
+            else
+                barrier_arrive(empty + s);
         }
     };
-    int s = 0, phase = 0, previous = 0;
-    for (int step = 0; step < p.steps; ++step) {
-        const char* const tile = tiles + s * p.stage_bytes;
-        const uint64_t x = smem_descriptor(tile + warp / 4 * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
-        const uint64_t a = smem_descriptor(tile + p.x_rows * 128, 16, 1024, Swizzle::b128);
-        const uint64_t r =
-            smem_descriptor(tile + p.x_rows * 128 + (has_h ? Tile::kABytes : 0), 16, 1024, Swizzle::b128);
-        barrier_wait(full + s, phase);
+    const int a_at = p.slabs * p.x_rows * 128, router_at = a_at + (has_h ? p.slabs * Tile::kABytes : 0);
+    const uint64_t first_x = smem_descriptor(tiles + warpgroup * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
+    const uint64_t first_a = smem_descriptor(tiles + a_at, 16, 1024, Swizzle::b128);
+    const uint64_t first_r = smem_descriptor(tiles + router_at, 16, 1024, Swizzle::b128);
+    int s = 0, phase = 0, previous = 0, slab = 0;
+    for (int i = 0; i < p.steps * p.slabs; ++i) {
+        const uint64_t x = advanced(first_x, s * p.stage_bytes + slab * p.x_rows * 128);
+        const uint64_t a = advanced(first_a, s * p.stage_bytes + slab * Tile::kABytes);
+        const uint64_t r = advanced(first_r, s * p.stage_bytes + slab * Tile::kRouterBytes);
+        if (slab == 0) barrier_wait(full + s, phase);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kDepth / 16; ++k) {  // 16 k are 32 bytes of a row: 2 in a descriptor
-            if constexpr (has_h) wgmma<E, 0, 0>(h, x + 2 * k, a + 2 * k, true);
-            if constexpr (has_router) wgmma<E, 0, 0>(logits, x + 2 * k, r + 2 * k, true);
+        for (int k = 0; k < kDepth / 16; ++k) {  // 16 k are 32 bytes of a row
+            if constexpr (has_h) wgmma<E, 0, 0>(h, advanced(x, 32 * k), advanced(a, 32 * k), true);
+            if constexpr (has_router) wgmma<E, 0, 0>(logits, advanced(x, 32 * k), advanced(r, 32 * k), true);
         }
         wgmma_commit();
-        if (step > 0) {
+        if constexpr (Tile::kWide) {  // few stages: give this one back at once; the other warpgroup multiplies
+                                      // meanwhile
+            wgmma_wait<0>();
+            release(s);
+        } else {
             wgmma_wait<1>();
-            release(previous);
+            if (slab == 0 && i > 0) release(previous);
         }
-        previous = s;
-        if (++s == p.stages) {
-            s = 0;
-            phase ^= 1;
+        if (++slab == p.slabs) {
+            slab = 0;
+            previous = s;
+            if (++s == p.stages) {
+                s = 0;
+                phase ^= 1;
+            }
         }
     }
     wgmma_wait<0>();
@@ -148,7 +158,7 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     char* const tiles = raw + (1024 - smem_address(raw) % 1024) % 1024;
     uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + p.stages * p.stage_bytes);
     uint64_t* const empty = full + p.stages;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const int token_tile = int(blockIdx.y) * Tile::kRows;
     const bool has_h = blockIdx.x == 0;
     const int router_block = int(blockIdx.x) - int(p.split);
@@ -162,32 +172,31 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         }
         barrier_init_fence();
     }
-    if constexpr (Tile::kCluster > 1) cluster_sync();
-    else __syncthreads();
+    if constexpr (Tile::kCluster > 1)
+        cluster_sync();
+    else
+        __syncthreads();
     launch_dependents();
 
     if (warp == 4 * Tile::kWarpgroups) {
         if (lane == 0) {
-            const uint32_t bytes =
-                p.x_rows * 128 + (has_h ? Tile::kABytes : 0) + (has_router ? Tile::kRouterBytes : 0);
+            const int x_bytes = p.slabs * p.x_rows * 128, a_bytes = has_h ? p.slabs * Tile::kABytes : 0;
+            const int router_bytes = has_router ? p.slabs * Tile::kRouterBytes : 0;
             int s = 0, phase = 1;  // a barrier's first phase counts as preceded by a complete one
             for (int step = 0; step < p.steps; ++step) {
+                const int k = p.slabs > 1 ? 0 : step * kDepth, slab = p.slabs > 1 ? step * p.slabs : 0;
+                char* const tile = tiles + s * p.stage_bytes;
                 barrier_wait(empty + s, phase);
-                char* tile = tiles + s * p.stage_bytes;
-                barrier_expect(full + s, bytes);
-                tma_load(tile, &p.x, full + s, step * kDepth, token_tile);
-                tile += p.x_rows * 128;
-                if (has_h) {
-                    tma_load(tile, &p.lora_a, full + s, step * kDepth, 0);
-                    tile += Tile::kABytes;
-                }
+                barrier_expect(full + s, x_bytes + a_bytes + router_bytes);
+                tma_load(tile, &p.x, full + s, k, token_tile, slab);
+                if (has_h) tma_load(tile + x_bytes, &p.lora_a, full + s, k, 0, slab);
                 if (has_router) {
                     if constexpr (Tile::kCluster > 1) {  // half of the groups to both blocks
                         const int half = int(cluster_rank());
-                        tma_load_multicast(tile + half * Tile::kRouterBytes / 2, &p.router, full + s, 3,
-                                           step * kDepth, 0, first_group + half * (RC / 2 / p.padded));
+                        tma_load_multicast(tile + x_bytes + a_bytes + half * Tile::kRouterBytes / 2, &p.router,
+                                           full + s, 3, k, 0, first_group + half * (RC / 2 / p.padded));
                     } else {
-                        tma_load(tile, &p.router, full + s, step * kDepth, 0, first_group);
+                        tma_load(tile + x_bytes + a_bytes, &p.router, full + s, k, 0, first_group, slab);
                     }
                 }
                 if (++s == p.stages) {
@@ -201,9 +210,12 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     }
 
     float h[R / 2] = {}, logits[RC / 2] = {};
-    if (has_h && has_router) multiply<E, R, RC, true, true>(p, tiles, full, empty, h, logits);
-    else if (has_h) multiply<E, R, RC, true, false>(p, tiles, full, empty, h, logits);
-    else multiply<E, R, RC, false, true>(p, tiles, full, empty, h, logits);
+    if (has_h && has_router)
+        multiply<E, R, RC, true, true>(p, tiles, full, empty, h, logits);
+    else if (has_h)
+        multiply<E, R, RC, true, false>(p, tiles, full, empty, h, logits);
+    else
+        multiply<E, R, RC, false, true>(p, tiles, full, empty, h, logits);
 
     const int token = token_tile + warp * 16 + lane / 4;
     if (has_h) {
@@ -221,9 +233,12 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         }
     }
     if (has_router) {
-        if (p.padded == 8) write_pi<E, RC, 1>(p, logits, token, first_group);
-        else if (p.padded == 16) write_pi<E, RC, 2>(p, logits, token, first_group);
-        else if constexpr (RC >= 32) write_pi<E, RC, 4>(p, logits, token, first_group);
+        if (p.padded == 8)
+            write_pi<E, RC, 1>(p, logits, token, first_group);
+        else if (p.padded == 16)
+            write_pi<E, RC, 2>(p, logits, token, first_group);
+        else if constexpr (RC >= 32)
+            write_pi<E, RC, 4>(p, logits, token, first_group);
     }
     if constexpr (Tile::kCluster > 1) cluster_sync();  // the other block still arrives on this one's barriers
 }
@@ -236,30 +251,37 @@ void launch_project(const RoutedLoraFwd& f, bool split) {
     p.x_rows = !Tile::kWide && f.tokens <= 8 ? 8 : Tile::kRows;
     p.padded = padded_experts(int(f.experts));
     const int groups = RC / p.padded;
-    p.x = tensor_map(f.x.data, f.compute_dtype, {{f.d_in, 1, kDepth}, {f.tokens, f.x.stride[0], p.x_rows}});
-    p.lora_a = tensor_map(f.lora_a.data, f.compute_dtype, {{f.d_in, 1, kDepth}, {R, f.d_in, R}});
+    const int64_t token_tiles = ceil_div(f.tokens, Tile::kRows);
+    // Narrow tiles of many tokens leave room for a block of `expand` beside them, whose prologue then overlaps. For few
+    // tokens, whose weights come from far, as many bytes as fit are in flight, in fewer and larger copies: one thread
+    // issues a copy in some 100 cycles.
+    const bool beside = !Tile::kWide && token_tiles >= multiprocessors() / 2;
+    p.slabs = !Tile::kWide && !beside && f.d_in % kDepth == 0 ? 4 : 1;
+    // As [slabs of features, rows, 64] where a copy takes several slabs.
+    const int64_t features = p.slabs > 1 ? kDepth : f.d_in, all_slabs = ceil_div(f.d_in, features);
+    p.x = tensor_map(f.x.data, f.compute_dtype,
+                     {{features, 1, kDepth}, {f.tokens, f.x.stride[0], p.x_rows}, {all_slabs, kDepth, p.slabs}});
+    p.lora_a = tensor_map(f.lora_a.data, f.compute_dtype,
+                          {{features, 1, kDepth}, {R, f.d_in, R}, {all_slabs, kDepth, p.slabs}});
     if (has_router) {
-        p.router = tensor_map(f.router.data, f.compute_dtype,
-                              {{f.d_in, 1, kDepth},
-                               {f.experts, f.d_in, p.padded},
-                               {f.groups, f.experts * f.d_in, groups / Tile::kCluster}});
+        const Dimension k{features, 1, kDepth}, expert{f.experts, f.d_in, p.padded};
+        const Dimension group{f.groups, f.experts * f.d_in, groups / Tile::kCluster};
+        p.router = Tile::kWide
+                       ? tensor_map(f.router.data, f.compute_dtype, {k, expert, group})
+                       : tensor_map(f.router.data, f.compute_dtype, {k, expert, group, {all_slabs, kDepth, p.slabs}});
     }
     p.h = f.h.data;
     p.pi = f.pi.data;
     p.tokens = int(f.tokens);
-    p.steps = int(ceil_div(f.d_in, kDepth));
+    p.steps = int(ceil_div(f.d_in, kDepth * p.slabs));
     p.experts = int(f.experts);
     p.groups = int(f.groups);
     p.relu = f.relu;
     p.has_router = has_router;
     p.split = split;
-    const int weight_bytes = split ? std::max(Tile::kABytes, Tile::kRouterBytes)
-                                   : Tile::kABytes + (has_router ? Tile::kRouterBytes : 0);
-    p.stage_bytes = p.x_rows * 128 + weight_bytes;
-    // Narrow tiles of many tokens leave room for a block of `expand` beside them, whose prologue then overlaps. For few
-    // tokens, whose weights come from far, as many copies as fit are in flight.
-    const int64_t token_tiles = ceil_div(f.tokens, Tile::kRows);
-    const bool beside = !Tile::kWide && token_tiles >= multiprocessors() / 2;
+    const int weight_bytes =
+        split ? std::max(Tile::kABytes, Tile::kRouterBytes) : Tile::kABytes + (has_router ? Tile::kRouterBytes : 0);
+    p.stage_bytes = p.slabs * (p.x_rows * 128 + weight_bytes);
     p.stages = std::min(p.steps, (beside ? 88 : 220) * 1024 / p.stage_bytes);
     const int columns = has_router ? int(ceil_div(f.groups, groups)) + int(split) : 1;
     const dim3 grid(unsigned(columns), unsigned(ceil_div(token_tiles, Tile::kCluster) * Tile::kCluster));
@@ -273,16 +295,23 @@ void choose_columns(const RoutedLoraFwd& f) {
     const int64_t all = f.router.data ? f.groups * padded : 0;
     // The widest tile that still gives most multiprocessors a block; the narrowest, and h apart, for few tokens.
     const int wanted = multiprocessors() * 3 / 4;
-    auto blocks = [&](int columns, int rows) { return ceil_div(f.tokens, rows) * std::max<int64_t>(1, ceil_div(all, columns)); };
+    auto blocks = [&](int columns, int rows) {
+        return ceil_div(f.tokens, rows) * std::max<int64_t>(1, ceil_div(all, columns));
+    };
     const int narrowest = std::max(16, padded);
     int columns = R <= 16 ? 256 : 128;  // accumulators: 128 registers beside those of h
-    while (columns > narrowest && (columns / 2 >= all || blocks(columns, columns >= 128 ? 128 : 64) < wanted)) columns /= 2;
+    while (columns > narrowest && (columns / 2 >= all || blocks(columns, columns >= 128 ? 128 : 64) < wanted))
+        columns /= 2;
     const bool split = all > 0 && blocks(columns, 64) < wanted;
     switch (columns) {
-        case 16: return launch_project<E, R, 16>(f, split);
-        case 32: return launch_project<E, R, 32>(f, split);
-        case 64: return launch_project<E, R, 64>(f, split);
-        case 128: return launch_project<E, R, 128>(f, split);
+        case 16:
+            return launch_project<E, R, 16>(f, split);
+        case 32:
+            return launch_project<E, R, 32>(f, split);
+        case 64:
+            return launch_project<E, R, 64>(f, split);
+        case 128:
+            return launch_project<E, R, 128>(f, split);
     }
     if constexpr (R <= 16) return launch_project<E, R, 256>(f, split);
 }
@@ -290,19 +319,26 @@ void choose_columns(const RoutedLoraFwd& f) {
 template <class E>
 void choose_rank(const RoutedLoraFwd& f) {
     switch (f.rank) {
-        case 8: return choose_columns<E, 8>(f);
-        case 16: return choose_columns<E, 16>(f);
-        case 32: return choose_columns<E, 32>(f);
-        case 64: return choose_columns<E, 64>(f);
-        default: throw std::runtime_error("routed_lora project: rank must be 8, 16, 32 or 64");
+        case 8:
+            return choose_columns<E, 8>(f);
+        case 16:
+            return choose_columns<E, 16>(f);
+        case 32:
+            return choose_columns<E, 32>(f);
+        case 64:
+            return choose_columns<E, 64>(f);
+        default:
+            throw std::runtime_error("routed_lora project: rank must be 8, 16, 32 or 64");
     }
 }
 
 }  // namespace
 
 void project(const RoutedLoraFwd& f) {
-    if (f.compute_dtype == DType::bf16) choose_rank<bf16>(f);
-    else choose_rank<f16>(f);
+    if (f.compute_dtype == DType::bf16)
+        choose_rank<bf16>(f);
+    else
+        choose_rank<f16>(f);
 }
 
 }  // namespace mtlora::cuda

@@ -12,7 +12,6 @@ namespace {
 constexpr double kNull = 0x1p-22;
 constexpr uint32_t kSketch = 1;
 constexpr int kMaxSide = 256;
-constexpr int kTogether = 3;  // columns a warp reflects together: 24 for eight warps
 constexpr int kTileCols = 3;  // of a product, per warp and 64 rows: 24 columns keep eight warps busy
 
 struct ShortSideArgs {
@@ -44,73 +43,57 @@ struct Sketch {
         for (int i = 0; i < kRows; ++i)
             if (row(i) < n) y[row(i) * pitch + col] = x[i];
     }
-    // x . y of kSets pairs of columns at once, which hides the latency of the tree.
-    template <int kSets>
-    __device__ static void dots(double (&sums)[kSets], const double (&x)[kRows], const double (&y)[kSets][kRows]) {
+    __device__ static double dot(const double (&x)[kRows], const double (&y)[kRows]) {
+        double sum = x[0] * y[0];
 #pragma unroll
-        for (int set = 0; set < kSets; ++set) {
-            sums[set] = x[0] * y[set][0];
-#pragma unroll
-            for (int i = 1; i < kRows; ++i) sums[set] += x[i] * y[set][i];
-        }
-#pragma unroll
-        for (int half = kWarp / 2; half; half /= 2) {
-#pragma unroll
-            for (int set = 0; set < kSets; ++set) sums[set] += __shfl_xor_sync(kAllLanes, sums[set], half);
-        }
+        for (int i = 1; i < kRows; ++i) sum += x[i] * y[i];
+        return tree_sum(sum);
     }
-
-    // Columns first, first + 1, ... of y, dealt to the warps, reflected; `unit` is the one to begin as that column of
-    // I.
-    __device__ void reflect(const double (&v)[kRows], double beta, int first, int unit) const {
-        const int warps = int(blockDim.x) / kWarp;
-        for (int k = first + int(threadIdx.x) / kWarp; k < l; k += kTogether * warps) {
-            double x[kTogether][kRows], weights[kTogether];
+    __device__ static void reflect(double (&x)[kRows], const double (&v)[kRows], double beta) {
+        const double weight = beta * dot(v, x);
 #pragma unroll
-            for (int set = 0; set < kTogether; ++set) {
-                const int col = k + set * warps;
-                load(x[set], min(col, l - 1));
-#pragma unroll
-                for (int i = 0; i < kRows; ++i)
-                    if (col == unit) x[set][i] = row(i) == unit;
-            }
-            dots(weights, v, x);
-#pragma unroll
-            for (int set = 0; set < kTogether; ++set) {
-                const double weight = beta * weights[set];
-#pragma unroll
-                for (int i = 0; i < kRows; ++i) x[set][i] -= v[i] * weight;
-                if (k + set * warps < l) store(x[set], k + set * warps);
-            }
-        }
+        for (int i = 0; i < kRows; ++i) x[i] -= v[i] * weight;
     }
 
     // y = its orthonormal basis; reflection j is kept in column j until column j of the basis replaces it.
     __device__ void orthonormalise() const {
-        double v[1][kRows], square[1];
+        const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp;
+        double v[kRows], x[kRows];
         __syncthreads();
         for (int j = 0; j < l; ++j) {
-            load(v[0], j);
+            load(v, j);
             const double head = y[j * pitch + j];
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) v[0][i] = row(i) < j ? 0 : v[0][i];
-            dots(square, v[0], v);
-            const double norm = sqrt(square[0]), beta = square[0] > 0 ? 1 / (square[0] + fabs(head) * norm) : 0;
+            for (int i = 0; i < kRows; ++i) v[i] = row(i) < j ? 0 : v[i];
+            const double square = dot(v, v), norm = sqrt(square);
+            const double beta = square > 0 ? 1 / (square + fabs(head) * norm) : 0;
 #pragma unroll
-            for (int i = 0; i < kRows; ++i) v[0][i] = row(i) == j ? head + (head < 0 ? -norm : norm) : v[0][i];
-            reflect(v[0], beta, j + 1, l);
+            for (int i = 0; i < kRows; ++i) v[i] = row(i) == j ? head + (head < 0 ? -norm : norm) : v[i];
+            for (int k = j + 1 + warp; k < l; k += warps) {
+                load(x, k);
+                reflect(x, v, beta);
+                store(x, k);
+            }
             __syncthreads();
-            if (int(threadIdx.x) < kWarp) {
-                store(v[0], j);
+            if (warp == 0) {
+                store(v, j);
                 betas[j] = beta;
             }
         }
         __syncthreads();
         for (int j = l - 1; j >= 0; --j) {
-            load(v[0], j);
+            load(v, j);
             const double beta = betas[j];
             __syncthreads();
-            reflect(v[0], beta, j, j);
+            for (int k = j + warp; k < l; k += warps) {
+                load(x, k);
+                if (k == j) {
+#pragma unroll
+                    for (int i = 0; i < kRows; ++i) x[i] = row(i) == j;
+                }
+                reflect(x, v, beta);
+                store(x, k);
+            }
         }
         __syncthreads();
     }
@@ -182,7 +165,7 @@ __device__ void complete_gram(double* g, int n) {
 }
 
 template <int kRows, bool kSketched>
-__global__ void __launch_bounds__(256, kRows <= 2 ? 4 : 1) short_side_kernel(const ShortSideArgs a) {
+__global__ void __launch_bounds__(256) short_side_kernel(const ShortSideArgs a) {
     const int64_t matrix = blockIdx.x;
     const int warp = int(threadIdx.x) / kWarp, warps = int(blockDim.x) / kWarp, lane = int(threadIdx.x) % kWarp;
     double *state = shared_memory(), *matrices = state + Jacobi::kStateDoubles + kMaxWidth;
@@ -237,7 +220,6 @@ __global__ void __launch_bounds__(256, kRows <= 2 ? 4 : 1) short_side_kernel(con
             x[i] = 0;
             if (row >= a.n) continue;
             if constexpr (kSketched) {
-#pragma unroll 4
                 for (int k = 0; k < a.l; ++k) x[i] += basis[row * a.l + k] * w[k * jacobi.pitch];
             } else {
                 x[i] = w[row * jacobi.pitch];

@@ -11,10 +11,21 @@ from .params import set_common, set_fields
 
 
 def copyable(t: Tensor | None) -> Tensor | None:
-    """t itself, or a contiguous copy where the copy engine cannot address its rows (16-byte pitch and start)."""
-    if t is None or (t.stride(1) == 1 and t.stride(0) * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0):
+    """t itself, or a copy where the copy engine cannot address its rows: contiguous, 16-byte pitch and start."""
+    if t is None:
+        return None
+    pitch = t.stride(0)
+    if t.stride(1) == 1 and pitch >= t.shape[1] and pitch * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0:
         return t
-    return t.contiguous() if not t.is_contiguous() or t.data_ptr() % 16 == 0 else t.clone()
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """w as the kernels read weights: in the compute dtype, contiguous from a 16-byte boundary."""
+    if w is None:
+        return None
+    w = w.to(dtype).contiguous()
+    return w if w.data_ptr() % 16 == 0 else w.clone()
 
 
 @cache
@@ -44,8 +55,7 @@ def routed_lora_fwd(
     """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
     E, tokens, (experts, d_out, rank) = compute_dtype, x.shape[0], lora_b.shape
     x, residual = copyable(x), copyable(residual)
-    a, b, r = (None if w is None else w.to(E).contiguous() for w in (lora_a, lora_b, router))
-    scale = None if expert_scale is None else expert_scale.to(E).contiguous()
+    a, b, r, scale = (packed(w, E) for w in (lora_a, lora_b, router, expert_scale))
     out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, E))
     h = x.new_empty(tokens, rank)
     if route_weights is not None:

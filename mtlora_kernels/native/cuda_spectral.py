@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..reference.arithmetic import FP32_CHUNK, Cuda, _one_accumulator
+from ..reference.arithmetic import Cuda
 from .params import set_fields
 
 WORKSPACE = 2**28  # bytes: larger batches of `batched_rsvd` are cut, and such pieces fill any GPU
@@ -80,15 +80,8 @@ def _has_products(x: Tensor) -> bool:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """`Cuda.dot` of [L, M, K] and [L, K, N]; fp32 in one library call for all layers and 256 of K, at widths where
-    that call was measured to keep the order (48, 240, 256 on an H100)."""
-    if a.dtype != torch.float32 or b.shape[2] % 16 or b.shape[2] < 48:
-        return Cuda.dot(a, b)
-    with _one_accumulator():
-        out = torch.bmm(a[..., :FP32_CHUNK], b[:, :FP32_CHUNK])
-        for start in range(FP32_CHUNK, a.shape[2], FP32_CHUNK):
-            out += torch.bmm(a[..., start : start + FP32_CHUNK], b[:, start : start + FP32_CHUNK])
-    return out
+    """`Cuda.dot` of [L, M, K] and [L, K, N], all layers in one launch where the library keeps its order of K."""
+    return Cuda.dot(a, b)
 
 
 @_on_device

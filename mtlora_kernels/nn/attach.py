@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .mixture import RoutedMixture
 from .routed_lora import RoutedLoRA
 
 
@@ -43,14 +44,40 @@ def attach_block_adapters(
         device = next((parameter.device for parameter in block.parameters()), None)
         adapters[name] = RoutedLoRA(features, rank, num_experts, **({"device": device} | options))
     for name, block in found.items():
-        block.block_adapter = adapters[name].train(block.training)
-        block.register_forward_hook(_add_block_adapter, with_kwargs=True)
+        add_block_adapter(block, adapters[name], name)
     if freeze_base:
         for module in model.modules():
             if not isinstance(module, RoutedLoRA):
                 for parameter in module.parameters(recurse=False):
                     parameter.requires_grad_(False)
     return adapters
+
+
+def add_block_adapter(block: nn.Module, adapter: nn.Module, name: str = "block") -> None:
+    """Make adapter the child `block_adapter` of one block, and the block return adapter(input, output).
+
+    For adapters of any class; `attach_block_adapters` makes and adds its own. name stands in the messages.
+
+    Raises:
+        ValueError: block already has an adapter or has no forward of its own.
+    """
+    _check_block(name, block)
+    block.block_adapter = adapter.train(block.training)
+    block.block_adapter_hook = block.register_forward_hook(_add_output, with_kwargs=True)
+
+
+def remove_block_adapter(block: nn.Module) -> nn.Module:
+    """Undo `add_block_adapter`; returns the adapter.
+
+    Raises:
+        ValueError: block has none.
+    """
+    if "block_adapter" not in block._modules:
+        raise ValueError(f"block is a {type(block).__name__} without block_adapter, it must have one")
+    adapter = block.block_adapter
+    block.block_adapter_hook.remove()
+    del block.block_adapter, block.block_adapter_hook
+    return adapter
 
 
 def set_balance_scale(model: nn.Module, scale: float) -> None:
@@ -60,7 +87,7 @@ def set_balance_scale(model: nn.Module, scale: float) -> None:
     gradient scaler scaler.get_scale(), with both their product.
     """
     for module in model.modules():
-        if isinstance(module, RoutedLoRA):
+        if isinstance(module, RoutedMixture):
             module.balance_scale = float(scale)
 
 
@@ -76,17 +103,21 @@ def _find_blocks(model: nn.Module, blocks: str | Iterable[str]) -> dict[str, nn.
     if unknown or not found:
         raise ValueError(f"blocks is {blocks!r}, it must name modules of the model; not found: {unknown or 'any'}")
     for name, block in found.items():
-        if "block_adapter" in block._modules:
-            raise ValueError(f"{name} already has a block_adapter, a block takes one")
-        if isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-            # A Sequential would run the adapter as its last layer; the other two have no forward.
-            raise ValueError(f"{name} is a {type(block).__name__}, it must be a module with its own forward")
+        _check_block(name, block)
     if len(set(map(id, found.values()))) < len(found):
         raise ValueError(f"blocks is {blocks!r}, two of these names are the same module, give one of them")
     return found
 
 
-def _add_block_adapter(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+def _check_block(name: str, block: nn.Module) -> None:
+    if "block_adapter" in block._modules:
+        raise ValueError(f"{name} already has a block_adapter, a block takes one")
+    if isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        # A Sequential would run the adapter as its last layer; the other two have no forward.
+        raise ValueError(f"{name} is a {type(block).__name__}, it must be a module with its own forward")
+
+
+def _add_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
     # A function of the module, not a closure or a method: deepcopy and pickle keep it.
     if args:
         x = args[0]

@@ -2,30 +2,10 @@
 
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import balance_loss, routed_lora
-from .parameters import ACTIVATIONS, RoutedParameters
-
-
-class _AddToLoss(torch.autograd.Function):
-    """out, unchanged; backward acts as if term had been added to the loss.
-
-    A term kept on the module for the trainer to collect has no gradient under reentrant checkpointing and
-    cannot leave a compiled checkpoint; backward finds this one wherever the forward ran.
-    """
-
-    @staticmethod
-    def forward(ctx, out: Tensor, term: Tensor) -> Tensor:
-        ctx.dtype = term.dtype
-        ctx.mark_dirty(out)  # otherwise autograd returns a view, which the model may not change in place
-        return out
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, grad.new_ones((), dtype=ctx.dtype)
+from .parameters import RoutedParameters
 
 
 class RoutedLoRA(RoutedParameters):
@@ -61,47 +41,11 @@ class RoutedLoRA(RoutedParameters):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [..., features], residual [..., out_features] or None; returns [..., out_features]."""
-        return self._mixture(x, residual, accumulate=False)
+        return self._mix(x, residual)
 
-    def _mixture(self, x: Tensor, residual: Tensor | None, accumulate: bool) -> Tensor:
-        balanced = self.training and self.balance_coef != 0
-        result = routed_lora(
-            x,
-            self.lora_A,
-            self.lora_B,
-            self.lora_route,
-            residual,
-            scaling=self.scaling,
-            num_groups=self.num_groups,
-            numerics=self.numerics,
-            activation=ACTIVATIONS[self.style],
-            expert_scale=None if self.expert_scales is None else self.expert_scales.squeeze(1),
-            dropout_p=self.dropout if self.training else 0.0,
-            compute_dtype=self.compute_dtype,
-            accumulate_into_residual=accumulate,
-            return_load=balanced or self.track_load,
-            impl=self.impl,
-        )
-        if isinstance(result, Tensor):
-            return result
-        out, load = result
-        self.last_load.copy_(load.detach())
-        if balanced and load.requires_grad:
-            out = _AddToLoss.apply(out, self.balance_coef * balance_loss(load) * self.balance_scale)
-        return out
-
-    def extra_repr(self) -> str:
-        names = (
-            "in_features",
-            "out_features",
-            "rank",
-            "num_experts",
-            "num_groups",
-            "style",
-            "scaling",
-            "dropout",
-        )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, "numerics"))
+    def _mix(self, x: Tensor, residual: Tensor | None, accumulate: bool = False) -> Tensor:
+        parameters = self.lora_A, self.lora_B, self.lora_route, self.expert_scales
+        return self.mix(x, residual, *parameters, accumulate=accumulate)
 
 
 class RoutedLoRALinear(RoutedLoRA):
@@ -130,7 +74,7 @@ class RoutedLoRALinear(RoutedLoRA):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
         base = F.linear(x, self.weight, self.bias)
-        return self._mixture(x, base, accumulate=self.numerics == "eager")
+        return self._mix(x, base, accumulate=True)
 
     def merge(self) -> NoReturn:
         raise NotImplementedError(

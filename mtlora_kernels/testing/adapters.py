@@ -12,7 +12,7 @@ from .checks import run_case
 from .compare import differences
 from .inputs import Inputs, random_inputs
 from .lattice import lattice_inputs, rounding_inputs
-from .run import Row
+from .rows import Row
 
 # lora_A.weight; lora_B.{i}.weight, lora_B{i}.weight or stacked lora_B; lora_route.weight; expert_scales.{i}
 _NAMES = re.compile(r"^(lora_A|lora_B|lora_route|expert_scales)\.?(\d*)(\.weight)?$")

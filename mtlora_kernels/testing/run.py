@@ -1,8 +1,11 @@
 """Which checks a device and an implementation get, and the loop that runs them."""
 
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 
 import torch
 
@@ -99,31 +102,50 @@ def checks_for(impl: str, device: torch.device, quick: bool) -> Iterator[Check]:
         yield from _self_checks(kind, quick)
 
 
-def _row(impl: str, check: Check, device: torch.device) -> Row | None:
-    """None for a call that impl does not serve; an exception is a mismatch."""
+def _run_check(task: tuple[str, str, Check]) -> Row | None:
+    """An exception is a mismatch; None if the implementation does not serve the call."""
+    device, impl, check = task
     start = time.perf_counter()
     try:
-        inputs = check.make(*check.shape, dtype=check.dtype, device=device, **check.options)
+        inputs = check.make(*check.shape, dtype=check.dtype, device=torch.device(device), **check.options)
         mismatches = check.run(impl, inputs)
     except UnsupportedCall:
         return None
     except Exception as error:
         mismatches = [f"{type(error).__name__}: {error}"]
-    return Row(str(device), impl, check.kind, check.label(), mismatches, time.perf_counter() - start)
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()  # the other jobs need the device's memory too
+    return Row(device, impl, check.kind, check.label(), mismatches, time.perf_counter() - start)
 
 
 def run_checks(
     devices: Sequence[str], impls: Sequence[str] | None = None, quick: bool = False,
-    progress: Callable[[Row], None] = lambda row: None,
+    progress: Callable[[Row], None] = lambda row: None, jobs: int = 1,
 ) -> list[Row]:  # fmt: skip
-    """Every check of the available implementations, or the given among them."""
-    rows = []
+    """Every check of the available implementations, or the given among them, in the list's order.
+
+    With jobs > 1 that many fresh processes share the list: most of a first check on a GPU is compiling.
+    """
     suites = ((available_impls, checks_for), (available_spectral_impls, spectral_checks))
-    for device in map(torch.device, devices):
-        for available, checks in suites:
-            for impl in (impl for impl in available(device) if impls is None or impl in impls):
-                for row in (_row(impl, check, device) for check in checks(impl, device, quick)):
-                    if row is not None:
-                        rows.append(row)
-                        progress(row)
+    tasks = [
+        (device, impl, check)
+        for device in devices
+        for available, checks in suites
+        for impl in available(device)
+        if impls is None or impl in impls
+        for check in checks(impl, torch.device(device), quick)
+    ]
+    rows = []
+
+    def collect(results: Iterator[Row | None]) -> None:
+        for row in filter(None, results):
+            rows.append(row)
+            progress(row)
+
+    if jobs == 1:
+        collect(map(_run_check, tasks))
+    else:
+        threads = max(1, (os.cpu_count() or 1) // jobs)
+        with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as workers:
+            collect(workers.map(_run_check, tasks))
     return rows

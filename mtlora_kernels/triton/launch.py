@@ -1,49 +1,74 @@
-"""Launch of a compiled kernel without Triton's per-call binder.
+"""Launches whose every decision but the tensors' addresses is taken once.
 
-Triton binds, specializes and formats a key with strings on every call. The key here holds what decides its answer,
-dtype and 16-byte alignment of tensors and the value of everything else; only its first launch goes through Triton,
-which compiles, or finds that it has compiled for this class of values already.
+A launcher is two functions: a `plan`, cached by sizes, strides and options, that chooses the tile and returns a
+`Launch`; and one that allocates and calls it. Triton's own binder costs 40 to 100 us a launch; here only the first
+launch of each specialisation goes through it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import lru_cache
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .configs import INTERPRET, Tile
 
-MAX_KEYS = 4096  # every T is a key of its own; they are small, but not forever
-_compiled: dict[tuple, Any] = {}
+plan = lru_cache(maxsize=4096)  # every T is a plan of its own; they are small, but not forever
 
 
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def launch(kernel, grid: tuple[int, int, int], tile: Tile, **arguments: Any) -> None:
-    """Run kernel on the current stream; arguments are all its parameters by name."""
-    if 0 in grid:
-        return
-    if INTERPRET:
-        kernel[grid](**arguments, **tile.launch)
-        return
-    values = [arguments[name] for name in kernel.arg_names]
-    device = torch.cuda.current_device()
-    facts = [(v.dtype, v.data_ptr() % 16 == 0) if isinstance(v, Tensor) else v for v in values]
-    key = (kernel.fn, device, tile, *facts)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        if len(_compiled) >= MAX_KEYS:
-            _compiled.clear()
-        _compiled[key] = kernel[grid](**arguments, **tile.launch)
-        return
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
-
-
 def on_device(t: Tensor) -> AbstractContextManager:
     """Triton launches on the current device: make it the tensor's."""
-    if not t.is_cuda or t.device.index == torch.cuda.current_device():
+    if not t.is_cuda or t.get_device() == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(t.device)
+
+
+class Launch:
+    """A kernel with its grid, its tile and all parameters but the tensors, which come first in every kernel."""
+
+    _compiled: ClassVar[dict[tuple, tuple]] = {}  # shared, so that another number of tokens compiles nothing
+
+    def __init__(self, kernel: Any, grid: tuple[int, int, int], tile: Tile, **values: Any) -> None:
+        self.kernel, self.grid, self.tile, self.values = kernel, grid, tile, values
+        self.ready: dict[tuple, tuple] = {}
+        if not INTERPRET:
+            parameters = kernel.params[-len(values) :]
+            self.arguments = [values[p.name] for p in parameters]
+            decisive = [_decides(p, value) for p, value in zip(parameters, self.arguments, strict=True)]
+            self.code = (kernel.fn, tile, *decisive)
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Run on the current stream; tensors in the kernel's order, None where it reads nothing."""
+        if 0 in self.grid:
+            return
+        if INTERPRET:
+            self.kernel[self.grid](*tensors, **self.values, **self.tile.launch)
+            return
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        device = tensors[0].get_device()
+        key = (device, *[t if t is None else t.dtype for t in tensors], *[address % 16 for address in addresses])
+        ready = self.ready.get(key)
+        if ready is None:
+            ready = self.ready[key] = self._compile(key, tensors)
+        run, function, metadata = ready
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run(*self.grid, stream, function, metadata, None, None, None, *addresses, *self.arguments)
+
+    def _compile(self, key: tuple, tensors: tuple[Tensor | None, ...]) -> tuple:
+        code = (*self.code, *key)
+        if code not in self._compiled:
+            compiled = self.kernel.warmup(*tensors, grid=self.grid, **self.values, **self.tile.launch)
+            self._compiled[code] = compiled.run, compiled.function, compiled.packed_metadata
+        return self._compiled[code]
+
+
+def _decides(parameter: Any, value: Any) -> Any:
+    """What of a value decides the machine code: only its type, where Triton is told not to specialise on it."""
+    if isinstance(value, float):
+        return float
+    return value.bit_length() > 31 if parameter.do_not_specialize else value

@@ -12,7 +12,7 @@ from triton.language.extra import libdevice
 
 from ..reference.arithmetic import FP32_CHUNK, SUM_ROWS, next_power_of_two, token_chunk
 from .configs import INTERPRET, Tile
-from .launch import ceil_div, launch
+from .launch import Launch, ceil_div, plan
 
 _INTERPRET = tl.constexpr(INTERPRET)
 _SUM_ROWS = tl.constexpr(SUM_ROWS)
@@ -121,48 +121,79 @@ def _sum_rows_kernel(v_ptr, out_ptr, rows, N: tl.constexpr, NP: tl.constexpr):
     tl.store(out_ptr + i_run * N + o_n, acc, o_n < N)
 
 
+@plan
+def _sum_rows_plan(rows: int, n: int) -> Launch:
+    grid = (ceil_div(rows, SUM_ROWS), 1, 1)
+    return Launch(_sum_rows_kernel, grid, _ROW_TILE, rows=rows, N=n, NP=next_power_of_two(n))
+
+
 def sum_rows(v: Tensor) -> Tensor:
     """fp32 sum over dim 0 of contiguous [rows, N], in the order of `reference.arithmetic.sum_rows`."""
-    n = v.shape[1]
-    if v.shape[0] == 0:
+    rows, n = v.shape
+    if rows == 0:
         return v.new_zeros(n, dtype=torch.float32)
     first = True
-    while first or v.shape[0] > 1:
-        out = v.new_empty(ceil_div(v.shape[0], SUM_ROWS), n, dtype=torch.float32)
-        launch(
-            _sum_rows_kernel, (out.shape[0], 1, 1), _ROW_TILE, v_ptr=v, out_ptr=out, rows=v.shape[0], N=n,
-            NP=next_power_of_two(n),
-        )  # fmt: skip
-        v, first = out, False
+    while first or rows > 1:
+        out = v.new_empty(ceil_div(rows, SUM_ROWS), n, dtype=torch.float32)
+        _sum_rows_plan(rows, n)(v, out)
+        v, rows, first = out, out.shape[0], False
     return v[0]
 
 
-@triton.jit(do_not_specialize=["size"])
-def _sum_parts_kernel(parts_ptr, out_ptr, factor, size, PARTS: tl.constexpr, BLOCK: tl.constexpr):
-    """out = factor * (part 0 + part 1 + ...) in that order."""
+@triton.jit
+def _sum_part(parts_ptr, out_ptr, factor, size, parts, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.load(parts_ptr + o, o < size, other=0.0)
-    for i in tl.static_range(1, PARTS):
+    for i in range(1, parts):
         acc += tl.load(parts_ptr + i * size.to(tl.int64) + o, o < size, other=0.0)
     tl.store(out_ptr + o, (acc * factor).to(out_ptr.dtype.element_ty), o < size)
 
 
+@triton.jit(do_not_specialize=["size_0", "size_1", "size_2", "parts"])
+def _sum_parts_kernel(
+    parts_0_ptr, out_0_ptr, parts_1_ptr, out_1_ptr, parts_2_ptr, out_2_ptr, factor_0, factor_1, factor_2, size_0,
+    size_1, size_2, parts, COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = factor * (part 0 + part 1 + ...) in that order, of up to three products."""
+    if tl.program_id(1) == 0:
+        _sum_part(parts_0_ptr, out_0_ptr, factor_0, size_0, parts, BLOCK)
+    if COUNT > 1:
+        if tl.program_id(1) == 1:
+            _sum_part(parts_1_ptr, out_1_ptr, factor_1, size_1, parts, BLOCK)
+    if COUNT > 2:
+        if tl.program_id(1) == 2:
+            _sum_part(parts_2_ptr, out_2_ptr, factor_2, size_2, parts, BLOCK)
+
+
+@plan
+def _sum_parts_plan(parts: int, sizes: tuple[int, ...], factors: tuple[float, ...]) -> Launch:
+    count = len(sizes)
+    sizes, factors = sizes + (0,) * (3 - count), factors + (0.0,) * (3 - count)
+    return Launch(
+        _sum_parts_kernel, (ceil_div(max(sizes), _PART_TILE.columns), count, 1), _PART_TILE, factor_0=factors[0],
+        factor_1=factors[1], factor_2=factors[2], size_0=sizes[0], size_1=sizes[1], size_2=sizes[2], parts=parts,
+        COUNT=count, BLOCK=_PART_TILE.columns,
+    )  # fmt: skip
+
+
 def token_parts(like: Tensor, tokens: int) -> Tensor:
     """fp32 [chunks of tokens, *like.shape]: the partial sums of a product whose K is all tokens."""
-    return like.new_empty(ceil_div(tokens, token_chunk(tokens)), *like.shape, dtype=torch.float32)
+    return like.new_empty((ceil_div(tokens, token_chunk(tokens)), *like.shape), dtype=torch.float32)
 
 
-def sum_parts(parts: Tensor, like: Tensor, factor: float) -> Tensor:
-    """factor * the ordered sum of parts, in the dtype of like."""
-    out = like.new_empty(like.shape)
-    if parts.shape[0] == 0:
-        return out.zero_()
-    size, block = out.numel(), _PART_TILE.columns
-    launch(
-        _sum_parts_kernel, (ceil_div(size, block), 1, 1), _PART_TILE, parts_ptr=parts, out_ptr=out, factor=factor,
-        size=size, PARTS=parts.shape[0], BLOCK=block,
-    )  # fmt: skip
-    return out
+def sum_parts(*products: tuple[Tensor | None, Tensor | None, float]) -> list[Tensor | None]:
+    """Of each (parts, like, factor): factor * the ordered sum of parts in like's dtype; None where parts is None."""
+    wanted = [product for product in products if product[0] is not None]
+    if not wanted:
+        return [None] * len(products)
+    count = wanted[0][0].shape[0]
+    outs = [(like.new_empty if count else like.new_zeros)(like.shape) for _, like, _ in wanted]
+    launch = _sum_parts_plan(count, tuple([out.numel() for out in outs]), tuple([factor for *_, factor in wanted]))
+    pointers = [t for (parts, *_), out in zip(wanted, outs, strict=True) for t in (parts, out)]
+    if count:
+        launch(*pointers, *[None] * (6 - len(pointers)))
+    found = iter(outs)
+    return [None if parts is None else next(found) for parts, *_ in products]
 
 
 def fp32_chunk(fp32: bool) -> int:
@@ -170,11 +201,13 @@ def fp32_chunk(fp32: bool) -> int:
     return FP32_CHUNK if fp32 else 0
 
 
-def dropout_arguments(seed: Tensor | None, dropout_p: float) -> dict:
-    """Kernel arguments of dropout; without it the seed pointer is never read."""
-    return {
-        "seed_ptr": seed,
-        "threshold": int(dropout_p * 2**32),
-        "inverse_keep": 1 / (1 - dropout_p),
-        "DROPOUT": dropout_p > 0,
-    }
+def dropout_arguments(dropout_p: float) -> dict:
+    """Kernel parameters of dropout; without it the seed pointer is never read."""
+    return {"threshold": int(dropout_p * 2**32), "inverse_keep": 1 / (1 - dropout_p), "DROPOUT": dropout_p > 0}
+
+
+def operand(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """t in the compute dtype and contiguous, as kernels read weights."""
+    if t is None or (t.dtype == dtype and t.is_contiguous()):
+        return t
+    return t.to(dtype).contiguous()

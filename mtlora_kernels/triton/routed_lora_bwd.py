@@ -20,7 +20,7 @@ from ..reference.arithmetic import next_power_of_two, token_chunk
 from ..reference.routed_lora import inverse_count, uses_group_form
 from ..reference.routed_lora_bwd import expert_block
 from . import configs
-from .launch import ceil_div, launch, on_device
+from .launch import Launch, ceil_div, on_device, plan
 from .primitives import (
     dot,
     drop,
@@ -28,6 +28,7 @@ from .primitives import (
     fp32_chunk,
     load_weights,
     mixed_h,
+    operand,
     sum_parts,
     sum_rows,
     token_parts,
@@ -283,103 +284,146 @@ def _grad_rows_kernel(
         tl.store(at, acc_r, m_d[:, None] & (o_c < GN)[None, :])
 
 
+@plan
+def _contract_plan(
+    tokens: int, d_out: int, strides: tuple[int, int], rank: int, experts: int, groups: int, fp32: bool, direct: bool,
+    has_scale: bool,
+) -> Launch:  # fmt: skip
+    rank_p, block = next_power_of_two(rank), expert_block(experts, rank)
+    tile = configs.contract(tokens, fp32, direct)
+    return Launch(
+        _contract_kernel, (ceil_div(experts, block), ceil_div(tokens, tile.rows), 1), tile, T=tokens,
+        stride_t=strides[0], stride_o=strides[1], O=d_out, G=groups, N=experts, R=rank, RP=rank_p,
+        EXPERTS=max(block, 16 // rank_p), HAS_SCALE=has_scale, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.depth,
+    )  # fmt: skip
+
+
 def _contract(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
     """dw fp32 [T, G, N] and the parts of dh, fp32 [blocks, T, r]."""
     (tokens, groups, experts), (_, d_out, rank) = pi.shape, b.shape
-    rank_p, fp32 = next_power_of_two(rank), h.dtype == torch.float32
-    block = expert_block(experts, rank)
-    dw = h.new_empty(tokens, groups, experts, dtype=torch.float32)
-    dh = h.new_empty(ceil_div(experts, block), tokens, rank, dtype=torch.float32)
-    tile = configs.contract(tokens, fp32, dout.dtype == h.dtype)
-    launch(
-        _contract_kernel, (dh.shape[0], ceil_div(tokens, tile.rows), 1), tile, dout_ptr=dout, b_ptr=b, h_ptr=h,
-        pi_ptr=pi, scale_ptr=expert_scale, dw_ptr=dw, dh_ptr=dh, T=tokens, stride_t=dout.stride(0),
-        stride_o=dout.stride(1), O=d_out, G=groups, N=experts, R=rank, RP=rank_p, EXPERTS=max(block, 16 // rank_p),
-        HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.depth,
+    dw = h.new_empty(pi.shape, dtype=torch.float32)
+    dh = h.new_empty((ceil_div(experts, expert_block(experts, rank)), tokens, rank), dtype=torch.float32)
+    contract = _contract_plan(
+        tokens, d_out, dout.stride(), rank, experts, groups, h.dtype is torch.float32, dout.dtype == h.dtype,
+        expert_scale is not None,
     )  # fmt: skip
+    contract(dout, b, h, pi, expert_scale, dw, dh)
     return dw, dh
+
+
+@plan
+def _route_plan(
+    tokens: int, rank: int, experts: int, groups: int, blocks: int, scaling: float, relu: bool, has_scale: bool,
+    has_load: bool, has_router: bool, has_dpi: bool,
+) -> Launch:  # fmt: skip
+    padded = next_power_of_two(experts)
+    group_block = min(next_power_of_two(groups), max(1, 256 // padded))
+    tile = configs.route(group_block * padded)
+    return Launch(
+        _route_kernel, (ceil_div(tokens, tile.rows), ceil_div(groups, group_block), 1), tile, scaling=scaling,
+        inverse_count=inverse_count(tokens, groups), T=tokens, BLOCKS=blocks, N=experts, NP=padded, G=groups,
+        GB=group_block, R=rank, RP=next_power_of_two(rank), HAS_SCALE=has_scale, HAS_LOAD=has_load,
+        HAS_ROUTER=has_router, HAS_DPI=has_dpi, RELU=relu, BT=tile.rows,
+    )  # fmt: skip
 
 
 def _route(dw, dh_parts, h, pi, expert_scale, dload, scaling, activation, has_router, needs_dpi):
     """dh [T, r] and dlogits [T, G*N] in the compute dtype, dpi fp32 [T, G, N], d(expert_scale) fp32 [N]."""
-    (tokens, groups, experts), rank = pi.shape, h.shape[1]
-    padded = next_power_of_two(experts)
-    group_block = min(next_power_of_two(groups), max(1, 256 // padded))
+    (tokens, groups, experts), (blocks, _, rank) = pi.shape, dh_parts.shape
     dh = torch.empty_like(h)
     dlogits = torch.empty_like(pi) if has_router else None
     dpi = torch.empty_like(dw) if needs_dpi else None
     weighted = None if expert_scale is None else torch.empty_like(dw)
-    tile = configs.route(group_block * padded)
-    launch(
-        _route_kernel, (ceil_div(tokens, tile.rows), ceil_div(groups, group_block), 1), tile, dw_ptr=dw,
-        dh_ptr=dh_parts, h_ptr=h, pi_ptr=pi, scale_ptr=expert_scale, dload_ptr=dload, dlogits_ptr=dlogits, dpi_ptr=dpi,
-        dh_out_ptr=dh, weighted_ptr=weighted, scaling=scaling, inverse_count=inverse_count(tokens, groups), T=tokens,
-        BLOCKS=dh_parts.shape[0], N=experts, NP=padded, G=groups, GB=group_block, R=rank,
-        RP=next_power_of_two(rank), HAS_SCALE=expert_scale is not None, HAS_LOAD=dload is not None,
-        HAS_ROUTER=has_router, HAS_DPI=needs_dpi, RELU=activation == "relu", BT=tile.rows,
+    route = _route_plan(
+        tokens, rank, experts, groups, blocks, scaling, activation == "relu", expert_scale is not None,
+        dload is not None, has_router, needs_dpi,
     )  # fmt: skip
+    route(dw, dh_parts, h, pi, expert_scale, dload, dlogits, dpi, dh, weighted)
     ds = None if weighted is None else sum_rows(weighted.view(-1, experts)) * scaling
     return dh, dlogits, dpi, ds
 
 
-def _grad_x(x, dh, a, dlogits, router, seed, dropout_p) -> Tensor:
-    (tokens, d_in), rank = x.shape, dh.shape[1]
-    fp32 = dh.dtype == torch.float32
-    tile = configs.grad_x(0 if router is None else router.shape[0], fp32)
-    dx = x.new_empty(tokens, d_in)
-    launch(
-        _grad_x_kernel, (ceil_div(d_in, tile.columns), ceil_div(tokens, tile.rows), 1), tile, dh_ptr=dh, a_ptr=a,
-        dlogits_ptr=dlogits, router_ptr=router, dx_ptr=dx, T=tokens, D=d_in, R=rank,
-        RP=max(16, next_power_of_two(rank)), GN=0 if router is None else router.shape[0], HAS_ROUTER=router is not None,
-        CHUNK=fp32_chunk(fp32), BT=tile.rows, BD=tile.columns, BK=tile.depth, **dropout_arguments(seed, dropout_p),
+@plan
+def _grad_x_plan(
+    tokens: int, d_in: int, rank: int, router_rows: int, fp32: bool, has_router: bool, dropout_p: float
+) -> Launch:
+    tile = configs.grad_x(router_rows, fp32)
+    return Launch(
+        _grad_x_kernel, (ceil_div(d_in, tile.columns), ceil_div(tokens, tile.rows), 1), tile, T=tokens, D=d_in, R=rank,
+        RP=max(16, next_power_of_two(rank)), GN=router_rows, HAS_ROUTER=has_router, CHUNK=fp32_chunk(fp32),
+        BT=tile.rows, BD=tile.columns, BK=tile.depth, **dropout_arguments(dropout_p),
     )  # fmt: skip
+
+
+def _grad_x(x, dh, a, dlogits, router, seed, dropout_p) -> Tensor:
+    (tokens, rank), (_, d_in) = dh.shape, a.shape
+    dx = x.new_empty((tokens, d_in))
+    rows = 0 if router is None else router.shape[0]
+    grad_x = _grad_x_plan(tokens, d_in, rank, rows, dh.dtype is torch.float32, router is not None, dropout_p)
+    grad_x(dh, a, dlogits, router, dx, seed)
     return dx
 
 
-def _grad_b(dout, h, pi, lora_b, expert_scale, scaling) -> Tensor:
-    (tokens, groups, experts), (_, d_out, rank) = pi.shape, lora_b.shape
-    fp32, rank_p = h.dtype == torch.float32, next_power_of_two(rank)
-    tile = configs.grad_b(fp32)
+@plan
+def _grad_b_plan(
+    tokens: int, d_out: int, strides: tuple[int, int], rank: int, experts: int, groups: int, fp32: bool, has_scale: bool
+) -> Launch:
+    rank_p, tile = next_power_of_two(rank), configs.grad_b(fp32)
     block = max(1, min(next_power_of_two(experts) * rank_p, tile.columns) // rank_p, 16 // rank_p)
-    parts = token_parts(lora_b, tokens)
-    grid = (ceil_div(experts, block), groups * ceil_div(d_out // groups, tile.rows), parts.shape[0])
-    launch(
-        _grad_b_kernel, grid, tile, dout_ptr=dout, h_ptr=h, pi_ptr=pi, scale_ptr=expert_scale, parts_ptr=parts,
-        T=tokens, tokens=token_chunk(tokens), stride_t=dout.stride(0),
-        stride_o=dout.stride(1), O=d_out, G=groups, N=experts,
-        R=rank, RP=rank_p, EXPERTS=block, HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BO=tile.rows,
+    size = token_chunk(tokens)
+    grid = (ceil_div(experts, block), groups * ceil_div(d_out // groups, tile.rows), ceil_div(tokens, size))
+    return Launch(
+        _grad_b_kernel, grid, tile, T=tokens, tokens=size, stride_t=strides[0], stride_o=strides[1], O=d_out, G=groups,
+        N=experts, R=rank, RP=rank_p, EXPERTS=block, HAS_SCALE=has_scale, CHUNK=fp32_chunk(fp32), BO=tile.rows,
         BT=tile.depth,
     )  # fmt: skip
-    return sum_parts(parts, lora_b, scaling)
+
+
+def _grad_b(dout, h, pi, lora_b, expert_scale) -> Tensor:
+    """Parts of d(lora_b), not scaled."""
+    (tokens, groups, experts), (_, d_out, rank) = pi.shape, lora_b.shape
+    parts = token_parts(lora_b, tokens)
+    grad_b = _grad_b_plan(
+        tokens, d_out, dout.stride(), rank, experts, groups, h.dtype is torch.float32, expert_scale is not None
+    )
+    grad_b(dout, h, pi, expert_scale, parts)
+    return parts
+
+
+@plan
+def _grad_rows_plan(
+    tokens: int, d_in: int, strides: tuple[int, int], rank: int, router_rows: int, fp32: bool, need_a: bool,
+    need_router: bool, dropout_p: float,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """d(A) and d(router) in one launch, so that x is read once, where one tile holds both."""
+    tile, size = configs.grad_rows(router_rows, fp32), token_chunk(tokens)
+
+    def grad_rows(has_a: bool, has_router: bool) -> Launch:
+        columns = ceil_div(router_rows, tile.columns) if has_router else 1
+        return Launch(
+            _grad_rows_kernel, (columns, ceil_div(d_in, tile.rows), ceil_div(tokens, size)), tile, T=tokens,
+            tokens=size, stride_t=strides[0], stride_d=strides[1], D=d_in, R=rank, RP=max(16, next_power_of_two(rank)),
+            GN=router_rows, HAS_A=has_a, HAS_ROUTER=has_router, CHUNK=fp32_chunk(fp32), BD=tile.rows,
+            BC=tile.columns if has_router else 16, BT=tile.depth, **dropout_arguments(dropout_p),
+        )  # fmt: skip
+
+    if need_a and need_router and router_rows > tile.columns:
+        return grad_rows(True, False), grad_rows(False, True)
+    return (grad_rows(need_a, need_router),)
 
 
 def _grad_rows(x, dh, dlogits, lora_a, router, need_a, need_router, seed, dropout_p):
-    """d(lora_a) and d(router), each in its own dtype, or None; x is read once when one tile holds both."""
+    """Parts of d(lora_a) and d(router), or None."""
     (tokens, d_in), rank = x.shape, dh.shape[1]
     da = token_parts(lora_a, tokens) if need_a else None
     dr = token_parts(router, tokens) if need_router else None
-    count = router.shape[0] if need_router else 1
-    fp32 = dh.dtype == torch.float32
-    tile = configs.grad_rows(count, fp32)
-
-    def run(has_a: bool, has_router: bool) -> None:
-        columns = ceil_div(count, tile.columns) if has_router else 1
-        grid = (columns, ceil_div(d_in, tile.rows), ceil_div(tokens, token_chunk(tokens)))
-        launch(
-            _grad_rows_kernel, grid, tile, x_ptr=x, dh_ptr=dh, dlogits_ptr=dlogits, da_ptr=da, dr_ptr=dr,
-            T=tokens, tokens=token_chunk(tokens), stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank,
-            RP=max(16, next_power_of_two(rank)), GN=count, HAS_A=has_a, HAS_ROUTER=has_router, CHUNK=fp32_chunk(fp32),
-            BD=tile.rows, BC=tile.columns if has_router else 16, BT=tile.depth, **dropout_arguments(seed, dropout_p),
-        )  # fmt: skip
-
-    if need_a and need_router and count <= tile.columns:
-        run(True, True)
-    else:
-        if need_a:
-            run(True, False)
-        if need_router:
-            run(False, True)
-    return sum_parts(da, lora_a, 1.0) if need_a else None, sum_parts(dr, router, 1.0) if need_router else None
+    launches = _grad_rows_plan(
+        tokens, d_in, x.stride(), rank, router.shape[0] if need_router else 1, dh.dtype is torch.float32, need_a,
+        need_router, dropout_p,
+    )  # fmt: skip
+    for launch in launches:
+        launch(x, dh, dlogits, da, dr, seed)
+    return da, dr
 
 
 def routed_lora_bwd(
@@ -403,21 +447,22 @@ def routed_lora_bwd(
     E = h.dtype
     need_x, need_a, need_b, need_router, need_weights, need_scale = needs
     need_router, need_scale = need_router and router is not None, need_scale and expert_scale is not None
-    a, b = lora_a.to(E).contiguous(), lora_b.to(E).contiguous()
-    router_e = None if router is None else router.to(E).contiguous()
-    scale_e = None if expert_scale is None else expert_scale.to(E).contiguous()
-    dx = da = db = dr = dpi = ds = None
+    a, b, router_e, scale_e = operand(lora_a, E), operand(lora_b, E), operand(router, E), operand(expert_scale, E)
+    parts_a = parts_b = parts_r = dx = dpi = ds = None
     with on_device(x):
         group_form = uses_group_form(b.shape[1] // pi.shape[1])
         if need_b:
-            db = (_grad_b if group_form else grad_b_small)(dout, h, pi, lora_b, scale_e, scaling)
+            parts_b = (_grad_b if group_form else grad_b_small)(dout, h, pi, lora_b, scale_e)
         if need_x or need_a or need_router or need_weights or need_scale:
             dw, dh_parts = (_contract if group_form else contract_small)(dout, b, h, pi, scale_e)
             dh, dlogits, dpi, ds = _route(
                 dw, dh_parts, h, pi, scale_e, dload, scaling, activation, router is not None, need_weights
             )
-        if need_x:
-            dx = _grad_x(x, dh, a, dlogits, router_e, seed, dropout_p)
+            del dw, dh_parts
         if need_a or need_router:
-            da, dr = _grad_rows(x, dh, dlogits, lora_a, router, need_a, need_router, seed, dropout_p)
+            parts_a, parts_r = _grad_rows(x, dh, dlogits, lora_a, router, need_a, need_router, seed, dropout_p)
+        da, db, dr = sum_parts((parts_a, lora_a, 1.0), (parts_b, lora_b, scaling), (parts_r, router, 1.0))
+        del parts_a, parts_b, parts_r
+        if need_x:  # last: d(x) is the largest result, and nothing temporary is held beside it
+            dx = _grad_x(x, dh, a, dlogits, router_e, seed, dropout_p)
     return dx, da, db, dr, dpi, ds.to(expert_scale.dtype) if need_scale else None

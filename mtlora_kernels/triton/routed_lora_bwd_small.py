@@ -13,8 +13,8 @@ from torch import Tensor
 from ..reference.arithmetic import next_power_of_two, token_chunk
 from ..reference.routed_lora_bwd import EXPERT_FORM_BLOCK
 from . import configs
-from .launch import ceil_div, launch
-from .primitives import dot, fp32_chunk, sum_parts, token_parts, tree_sum
+from .launch import Launch, ceil_div, plan
+from .primitives import dot, fp32_chunk, token_parts, tree_sum
 
 
 @triton.jit
@@ -142,42 +142,59 @@ def _grad_b_small_kernel(
     tl.store(at, acc, m_o[:, None] & (o_r < R)[None, :])
 
 
+@plan
+def _contract_small_plan(
+    tokens: int, d_out: int, strides: tuple[int, int], rank: int, experts: int, groups: int, fp32: bool, has_scale: bool
+) -> tuple[Launch, Launch]:
+    """grad_w and grad_h."""
+    tile, size_p = configs.small_groups(fp32), next_power_of_two(d_out // groups)
+    group_block, row_tiles = tile.columns // size_p, ceil_div(tokens, tile.rows)
+    common = {
+        "T": tokens, "stride_t": strides[0], "stride_o": strides[1], "O": d_out, "G": groups, "N": experts, "R": rank,
+        "RP": max(16, next_power_of_two(rank)), "BT": tile.rows,
+    }  # fmt: skip
+    grad_w = Launch(
+        _grad_w_kernel, (ceil_div(groups, group_block), row_tiles, 1), tile, SP=size_p, GB=group_block, **common
+    )
+    grad_h = Launch(
+        _grad_h_kernel, (row_tiles, 1, 1), tile, HAS_SCALE=has_scale, CHUNK=fp32_chunk(fp32), BO=EXPERT_FORM_BLOCK,
+        **common,
+    )  # fmt: skip
+    return grad_w, grad_h
+
+
 def contract_small(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
     """dw fp32 [T, G, N] and dh fp32 [1, T, r]."""
     (tokens, groups, experts), (_, d_out, rank) = pi.shape, b.shape
-    fp32, rank_p, size_p = (
-        h.dtype == torch.float32,
-        max(16, next_power_of_two(rank)),
-        next_power_of_two(d_out // groups),
+    dw = h.new_empty(pi.shape, dtype=torch.float32)
+    dh = h.new_empty((1, tokens, rank), dtype=torch.float32)
+    grad_w, grad_h = _contract_small_plan(
+        tokens, d_out, dout.stride(), rank, experts, groups, h.dtype is torch.float32, expert_scale is not None
     )
-    dw = h.new_empty(tokens, groups, experts, dtype=torch.float32)
-    dh = h.new_empty(1, tokens, rank, dtype=torch.float32)
-    common = {
-        "dout_ptr": dout, "b_ptr": b, "T": tokens, "stride_t": dout.stride(0), "stride_o": dout.stride(1), "O": d_out,
-        "G": groups, "N": experts, "R": rank, "RP": rank_p,
-    }  # fmt: skip
-    tile = configs.small_groups(fp32)
-    group_block = tile.columns // size_p
-    launch(
-        _grad_w_kernel, (ceil_div(groups, group_block), ceil_div(tokens, tile.rows), 1), tile, h_ptr=h, dw_ptr=dw,
-        SP=size_p, GB=group_block, BT=tile.rows, **common,
-    )  # fmt: skip
-    launch(
-        _grad_h_kernel, (ceil_div(tokens, tile.rows), 1, 1), tile, pi_ptr=pi, scale_ptr=expert_scale, dh_ptr=dh,
-        HAS_SCALE=expert_scale is not None, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=EXPERT_FORM_BLOCK, **common,
-    )  # fmt: skip
+    grad_w(dout, b, h, dw)
+    grad_h(dout, b, pi, expert_scale, dh)
     return dw, dh
 
 
-def grad_b_small(dout, h, pi, lora_b, expert_scale, scaling) -> Tensor:
-    (tokens, groups, experts), (_, d_out, rank) = pi.shape, lora_b.shape
-    tile = configs.small_groups(h.dtype == torch.float32)
-    parts = token_parts(lora_b, tokens)
-    launch(
-        _grad_b_small_kernel, (experts, ceil_div(d_out, tile.columns), parts.shape[0]), tile, dout_ptr=dout, h_ptr=h,
-        pi_ptr=pi, scale_ptr=expert_scale, parts_ptr=parts, T=tokens, tokens=token_chunk(tokens),
-        stride_t=dout.stride(0), stride_o=dout.stride(1), O=d_out, G=groups, N=experts, R=rank,
-        RP=max(16, next_power_of_two(rank)), HAS_SCALE=expert_scale is not None,
-        CHUNK=fp32_chunk(h.dtype == torch.float32), BO=tile.columns, BT=tile.depth,
+@plan
+def _grad_b_small_plan(
+    tokens: int, d_out: int, strides: tuple[int, int], rank: int, experts: int, groups: int, fp32: bool, has_scale: bool
+) -> Launch:
+    tile, size = configs.small_groups(fp32), token_chunk(tokens)
+    return Launch(
+        _grad_b_small_kernel, (experts, ceil_div(d_out, tile.columns), ceil_div(tokens, size)), tile, T=tokens,
+        tokens=size, stride_t=strides[0], stride_o=strides[1], O=d_out, G=groups, N=experts, R=rank,
+        RP=max(16, next_power_of_two(rank)), HAS_SCALE=has_scale, CHUNK=fp32_chunk(fp32), BO=tile.columns,
+        BT=tile.depth,
     )  # fmt: skip
-    return sum_parts(parts, lora_b, scaling)
+
+
+def grad_b_small(dout, h, pi, lora_b, expert_scale) -> Tensor:
+    """Parts of d(lora_b), not scaled."""
+    (tokens, groups, experts), (_, d_out, rank) = pi.shape, lora_b.shape
+    parts = token_parts(lora_b, tokens)
+    grad_b = _grad_b_small_plan(
+        tokens, d_out, dout.stride(), rank, experts, groups, h.dtype is torch.float32, expert_scale is not None
+    )
+    grad_b(dout, h, pi, expert_scale, parts)
+    return parts

@@ -5,8 +5,6 @@ expand    out = residual + scaling * z_g B_flat[g]^T                          gr
 expert_sum  the same as a sum over experts: small groups, and numerics "eager"
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +13,19 @@ from torch import Tensor
 from ..reference.arithmetic import next_power_of_two
 from ..reference.routed_lora import inverse_count, output_dtype, uses_group_form
 from . import configs
-from .launch import ceil_div, launch, on_device
-from .primitives import dot, drop, dropout_arguments, exp, fp32_chunk, load_weights, mixed_h, sum_rows, tree_sum
+from .launch import Launch, ceil_div, on_device, plan
+from .primitives import (
+    dot,
+    drop,
+    dropout_arguments,
+    exp,
+    fp32_chunk,
+    load_weights,
+    mixed_h,
+    operand,
+    sum_rows,
+    tree_sum,
+)
 
 
 @triton.jit
@@ -104,18 +113,18 @@ def _load_experts(b_ptr, o_k, o_o, m_o, O: tl.constexpr, N: tl.constexpr, R: tl.
     return tl.load(at, ((o_k // RP < N) & (o_k % RP < R))[:, None] & m_o[None, :], other=0.0)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "tiles"])
 def _expand_kernel(
-    h_ptr, pi_ptr, b_ptr, scale_ptr, residual_ptr, out_ptr, scaling, T, stride_t, stride_o,
+    h_ptr, pi_ptr, b_ptr, scale_ptr, residual_ptr, out_ptr, scaling, T, tiles, stride_t, stride_o,
     O: tl.constexpr, G: tl.constexpr, N: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EXPERTS: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CHUNK: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
-    TILES: tl.constexpr,
 ):  # fmt: skip
-    """TILES column tiles of one or more groups in a row of BT tokens; K runs over chunks of EXPERTS experts."""
+    """A run of column tiles of one group, for BT tokens; K runs over chunks of EXPERTS experts."""
     S: tl.constexpr = O // G
     tiles_per_group: tl.constexpr = (S + BO - 1) // BO
     K: tl.constexpr = EXPERTS * RP
-    z_once: tl.constexpr = tiles_per_group % TILES == 0 and N <= EXPERTS
+    z_once: tl.constexpr = N <= EXPERTS
+    i_g = tl.program_id(0) * tiles // tiles_per_group
     o_t = tl.program_id(1) * BT + tl.arange(0, BT)
     o_n = tl.arange(0, EXPERTS)
     o_r = tl.arange(0, RP)
@@ -123,13 +132,10 @@ def _expand_kernel(
     h_at = h_ptr + o_t.to(tl.int64)[:, None] * R + o_r[None, :]
     b_h = tl.load(h_at, (o_t < T)[:, None] & (o_r < R)[None, :], other=0.0)
     if z_once:
-        i_g = tl.program_id(0) * TILES // tiles_per_group
         z = mixed_h(b_h, load_weights(pi_ptr, scale_ptr, o_t, i_g, o_n, T, N, G, HAS_SCALE))
-    for i in range(TILES):
-        i_tile = tl.program_id(0) * TILES + i
-        i_g = i_tile // tiles_per_group
-        o_s = (i_tile % tiles_per_group) * BO + tl.arange(0, BO)
-        m_o = (o_s < S) & (i_g < G)
+    for i in range(tiles):
+        o_s = ((tl.program_id(0) * tiles + i) % tiles_per_group) * BO + tl.arange(0, BO)
+        m_o = o_s < S
         o_o = i_g * S + o_s
         m = (o_t < T)[:, None] & m_o[None, :]
         if HAS_RESIDUAL:  # before the product, which hides its latency
@@ -140,7 +146,7 @@ def _expand_kernel(
             acc = dot(z, _load_experts(b_ptr, o_k, o_o, m_o, O, N, R, RP), acc)
         else:
             for i_n in range(0, N, EXPERTS):
-                w = load_weights(pi_ptr, scale_ptr, o_t, tl.minimum(i_g, G - 1), i_n + o_n, T, N, G, HAS_SCALE)
+                w = load_weights(pi_ptr, scale_ptr, o_t, i_g, i_n + o_n, T, N, G, HAS_SCALE)
                 b_b = _load_experts(b_ptr, i_n * RP + o_k, o_o, m_o, O, N, R, RP)
                 if CHUNK:
                     acc += dot(mixed_h(b_h, w), b_b, tl.zeros([BT, BO], tl.float32))
@@ -213,65 +219,59 @@ def _expert_sum_kernel(
     tl.store(out_ptr + o_t.to(tl.int64)[:, None] * O + o_o[None, :], y.to(out_ptr.dtype.element_ty), m)
 
 
-def _project(x, a, router, h, pi, seed, activation, dropout_p) -> None:
-    (tokens, d_in), (rank, experts, groups) = x.shape, (a.shape[0], pi.shape[2], pi.shape[1])
-    fp32, padded = h.dtype == torch.float32, next_power_of_two(experts)
-    columns_cap = 64 if fp32 else configs.ROUTER_COLUMNS
+@plan
+def _project_plan(
+    tokens: int, d_in: int, strides: tuple[int, int], rank: int, experts: int, groups: int, fp32: bool, direct: bool,
+    has_router: bool, relu: bool, dropout_p: float,
+) -> tuple[Launch, ...]:  # fmt: skip
+    """h and pi in one launch, or in two where the router's rows do not fit one tile beside h."""
+    padded = next_power_of_two(experts)
+    columns_cap, columns_block = (64, 32) if fp32 else (configs.ROUTER_COLUMNS, configs.ROUTER_BLOCK)
     one_tile = next_power_of_two(groups) * padded <= columns_cap
-    group_block = next_power_of_two(groups) if one_tile else max(1, columns_cap // 2 // padded)
+    group_block = next_power_of_two(groups) if one_tile else max(1, columns_block // padded)
     group_block = max(group_block, 16 // padded)
 
-    def run(has_h: bool, has_router: bool) -> None:
-        columns = group_block * padded if has_router else 16
-        tile = configs.project(tokens, columns, fp32, x.dtype == h.dtype and dropout_p == 0)
+    def project(has_h: bool, has_router: bool) -> Launch:
+        tile = configs.project(tokens, group_block * padded if has_router else 16, has_h, fp32, direct)
         grid = (ceil_div(tokens, tile.rows), ceil_div(groups, group_block) if has_router else 1, 1)
-        launch(
-            _project_kernel, grid, tile, x_ptr=x, a_ptr=a, router_ptr=router, h_ptr=h, pi_ptr=pi, T=tokens,
-            stride_t=x.stride(0), stride_d=x.stride(1), D=d_in, R=rank, RP=max(16, next_power_of_two(rank)), N=experts,
-            NP=padded if has_router else 16, G=groups, GB=group_block if has_router else 1, HAS_H=has_h,
-            HAS_ROUTER=has_router, RELU=activation == "relu", CHUNK=fp32_chunk(fp32), BT=tile.rows, BK=tile.depth,
-            **dropout_arguments(seed, dropout_p),
+        return Launch(
+            _project_kernel, grid, tile, T=tokens, stride_t=strides[0], stride_d=strides[1], D=d_in, R=rank,
+            RP=max(16, next_power_of_two(rank)), N=experts, NP=padded if has_router else 16, G=groups,
+            GB=group_block if has_router else 1, HAS_H=has_h, HAS_ROUTER=has_router, RELU=relu,
+            CHUNK=fp32_chunk(fp32), BT=tile.rows, BK=tile.depth, **dropout_arguments(dropout_p),
         )  # fmt: skip
 
-    if router is None or one_tile:
-        run(True, router is not None)
-    else:
-        run(True, False)
-        run(False, True)
+    return (project(True, has_router),) if one_tile or not has_router else (project(True, False), project(False, True))
 
 
-def _mix(h, pi, b, expert_scale, residual, out, scaling, numerics, accumulate_into_residual) -> None:
-    (tokens, groups, experts), (_, d_out, rank) = pi.shape, b.shape
-    group_size, fp32, rank_p = d_out // groups, h.dtype == torch.float32, next_power_of_two(rank)
-    strides = (0, 0) if residual is None else residual.stride()
+@plan
+def _mix_plan(
+    tokens: int, d_out: int, strides: tuple[int, int] | None, rank: int, experts: int, groups: int, E: torch.dtype,
+    has_scale: bool, scaling: float, numerics: str, into_residual: bool,
+) -> Launch:  # fmt: skip
+    """expand, or expert_sum for small groups and numerics "eager"; strides are the residual's."""
+    group_size, fp32, rank_p = d_out // groups, E is torch.float32, next_power_of_two(rank)
+    stride_t, stride_o = strides or (0, 0)
     common = {
-        "h_ptr": h, "pi_ptr": pi, "b_ptr": b, "scale_ptr": expert_scale, "residual_ptr": residual, "out_ptr": out,
-        "scaling": scaling, "T": tokens, "stride_t": strides[0], "stride_o": strides[1], "O": d_out, "G": groups,
-        "N": experts, "R": rank, "HAS_SCALE": expert_scale is not None, "HAS_RESIDUAL": residual is not None,
+        "scaling": scaling, "T": tokens, "stride_t": stride_t, "stride_o": stride_o, "O": d_out, "G": groups,
+        "N": experts, "R": rank, "HAS_SCALE": has_scale, "HAS_RESIDUAL": strides is not None,
     }  # fmt: skip
     if numerics == "fp32" and uses_group_form(group_size):
-        tile = configs.expand(tokens, fp32)
-        column_tiles = groups * ceil_div(group_size, tile.columns)
-        row_tiles = ceil_div(tokens, tile.rows)
-        tiles = configs.expand_tiles(row_tiles, column_tiles)
         experts_k = max(min(next_power_of_two(experts), 256 // rank_p), 16 // rank_p)
-        launch(
-            _expand_kernel, (ceil_div(column_tiles, tiles), row_tiles, 1), tile, RP=rank_p, EXPERTS=experts_k,
-            CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.columns, TILES=tiles, **common,
+        tile = configs.expand(tokens, group_size, experts <= experts_k, fp32)
+        tiles_per_group, row_tiles = ceil_div(group_size, tile.columns), ceil_div(tokens, tile.rows)
+        tiles = configs.expand_tiles(row_tiles, groups, tiles_per_group)
+        return Launch(
+            _expand_kernel, (groups * tiles_per_group // tiles, row_tiles, 1), tile, tiles=tiles, RP=rank_p,
+            EXPERTS=experts_k, CHUNK=fp32_chunk(fp32), BT=tile.rows, BO=tile.columns, **common,
         )  # fmt: skip
-        return
-    tile = configs.expert_sum(tokens, fp32)
-    launch(
+    tile = configs.expert_sum(tokens, group_size, fp32)
+    return Launch(
         _expert_sum_kernel, (ceil_div(d_out, tile.columns), ceil_div(tokens, tile.rows), 1), tile,
-        RP=max(16, rank_p), EAGER=numerics == "eager", INTO_RESIDUAL=accumulate_into_residual,
-        SCALING_IN_E=_representable(scaling, h.dtype), ONE_GROUP=group_size % tile.columns == 0, BT=tile.rows,
-        BO=tile.columns, **common,
+        RP=max(16, rank_p), EAGER=numerics == "eager", INTO_RESIDUAL=into_residual,
+        SCALING_IN_E=torch.tensor(scaling, dtype=E).item() == scaling, ONE_GROUP=group_size % tile.columns == 0,
+        BT=tile.rows, BO=tile.columns, **common,
     )  # fmt: skip
-
-
-@cache
-def _representable(value: float, dtype: torch.dtype) -> bool:
-    return torch.tensor(value, dtype=dtype).item() == value
 
 
 def routed_lora_fwd(
@@ -294,24 +294,29 @@ def routed_lora_fwd(
     return_load: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
-    E, tokens, (experts, d_out, rank) = compute_dtype, x.shape[0], lora_b.shape
-    a, b = lora_a.to(E).contiguous(), lora_b.to(E).contiguous()
-    router = None if router is None else router.to(E).contiguous()
-    expert_scale = None if expert_scale is None else expert_scale.to(E).contiguous()
-    h = x.new_empty(tokens, rank, dtype=E)
-    out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, E))
+    E, (tokens, d_in), (experts, d_out, rank) = compute_dtype, x.shape, lora_b.shape
+    a, b, router = operand(lora_a, E), operand(lora_b, E), operand(router, E)
+    expert_scale = operand(expert_scale, E)
+    h = x.new_empty((tokens, rank), dtype=E)
+    out = x.new_empty((tokens, d_out), dtype=output_dtype(residual, E))
     if route_weights is not None:
         pi = route_weights.to(E, copy=True, memory_format=torch.contiguous_format)
-    elif router is None:
-        pi = x.new_ones(tokens, num_groups, experts, dtype=E)
     else:
-        pi = x.new_empty(tokens, num_groups, experts, dtype=E)
-    if tokens:
-        with on_device(x):
-            _project(x, a, router, h, pi, seed, activation, dropout_p)
-            _mix(h, pi, b, expert_scale, residual, out, scaling, numerics, accumulate_into_residual)
+        pi = (x.new_ones if router is None else x.new_empty)((tokens, num_groups, experts), dtype=E)
     load = x.new_empty(0, dtype=torch.float32)
-    if return_load:
-        with on_device(x):
+    with on_device(x):
+        if tokens:
+            project = _project_plan(
+                tokens, d_in, x.stride(), rank, experts, num_groups, E is torch.float32,
+                x.dtype == E and dropout_p == 0, router is not None, activation == "relu", dropout_p,
+            )  # fmt: skip
+            for launch in project:
+                launch(x, a, router, h, pi, seed)
+            mix = _mix_plan(
+                tokens, d_out, None if residual is None else residual.stride(), rank, experts, num_groups, E,
+                expert_scale is not None, scaling, numerics, accumulate_into_residual,
+            )  # fmt: skip
+            mix(h, pi, b, expert_scale, residual, out)
+        if return_load:
             load = sum_rows(pi.view(-1, experts)) * inverse_count(tokens, num_groups)
     return out, load, h, pi

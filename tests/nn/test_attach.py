@@ -227,3 +227,49 @@ def test_adapter_is_made_on_the_device_of_its_block():
         model = Model()
     adapters = mk.nn.attach_block_adapters(model, BLOCKS, WIDTH, 2, 3)
     assert all(p.is_meta for adapter in adapters.values() for p in adapter.parameters())
+
+
+def test_removing_leaves_the_block_as_it_was():
+    model, x = Model(), torch.randn(3, WIDTH)
+    expected, names = model(x), set(model.state_dict())
+    for _ in range(2):
+        adapter = mk.nn.RoutedLoRA(WIDTH, 2, 3, style="bottleneck")
+        mk.nn.add_block_adapter(model.layers[0].mlp, adapter)
+        changed = model(x)
+        assert not torch.equal(changed, expected)
+        twin = copy.deepcopy(model)
+        assert mk.nn.remove_block_adapter(model.layers[0].mlp) is adapter
+        assert torch.equal(model(x), expected) and set(model.state_dict()) == names
+        assert torch.equal(twin(x), changed)
+        mk.nn.remove_block_adapter(twin.layers[0].mlp)
+        assert torch.equal(twin(x), expected)
+    with pytest.raises(ValueError, match="Mlp without block_adapter"):
+        mk.nn.remove_block_adapter(model.layers[0].mlp)
+
+
+def test_an_adapter_of_any_class_is_called_with_input_and_output():
+    class Difference(nn.Module):
+        def forward(self, x, output):
+            return output - x
+
+    model, x = Model(), torch.randn(3, WIDTH)
+    block = model.layers[0].attention
+    mk.nn.add_block_adapter(block, Difference())
+    assert torch.equal(block(hidden_states=x)[0], block.forward(x)[0] - x)
+    with pytest.raises(ValueError, match="attention already has a block_adapter"):
+        mk.nn.add_block_adapter(block, Difference(), "attention")
+
+
+def test_a_mixture_takes_parameters_that_others_keep():
+    module = mk.nn.RoutedLoRA(WIDTH, 2, 3, num_groups=2, style="adaptformer", balance_coef=0.1)
+    nn.init.normal_(module.lora_B)
+    mixture = mk.nn.RoutedMixture(WIDTH, 2, 3, num_groups=2, style="adaptformer", balance_coef=0.1)
+    assert not list(mixture.parameters()) and not mixture.state_dict()
+    torch.manual_seed(0)
+    made = mixture.new_parameters()
+    torch.manual_seed(0)
+    module.reset_parameters()
+    assert all(torch.equal(p, made[name]) for name, p in module.named_parameters())
+    x = torch.randn(4, WIDTH)
+    assert torch.equal(mixture.mix(x, x, **made), module(x, x))
+    assert torch.equal(mixture.last_load, module.last_load) and mixture.last_load.any()

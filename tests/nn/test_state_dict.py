@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -143,18 +144,39 @@ def test_values_alias_the_parameters_as_in_any_module():
     assert module.state_dict(keep_vars=True)["lora_B.0.weight"].requires_grad
 
 
-def test_fully_sharded_modules_save_and_load():
+@pytest.fixture
+def one_process():
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        source, target = MAKERS["adaptformer"](), MAKERS["adaptformer"]()
-        values = published_values(source)
-        source.load_state_dict(values)
-        fully_shard(source, mesh=mesh)
-        fully_shard(target, mesh=mesh)
-        target.load_state_dict(source.state_dict())
-        assert isinstance(target.lora_B, DTensor)
-        loaded = target.state_dict()
-        assert all(torch.equal(loaded[name].full_tensor(), value) for name, value in values.items())
-    finally:
-        distributed.destroy_process_group()
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_fully_sharded_modules_save_and_load(one_process):
+    source, target = MAKERS["adaptformer"](), MAKERS["adaptformer"]()
+    values = published_values(source)
+    source.load_state_dict(values)
+    fully_shard(source, mesh=one_process)
+    fully_shard(target, mesh=one_process)
+    target.load_state_dict(source.state_dict())
+    assert isinstance(target.lora_B, DTensor)
+    loaded = target.state_dict()
+    assert all(torch.equal(loaded[name].full_tensor(), value) for name, value in values.items())
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_distributed_checkpoints_follow_the_published_names(one_process, kind):
+    """torch.distributed.checkpoint.state_dict looks up every name along the modules' attributes."""
+    source = nn.ModuleDict({"layer": MAKERS[kind]()})
+    values = published_values(source)
+    source.load_state_dict(values)
+    assert get_model_state_dict(source).keys() == values.keys()
+    for full in (False, True):  # full: every process holds the whole tensors and keeps its part
+        target = nn.ModuleDict({"layer": fully_shard(MAKERS[kind](), mesh=one_process)})
+        options = StateDictOptions(full_state_dict=full)
+        state = dict(values)
+        if not full:
+            sharded = nn.ModuleDict({"layer": fully_shard(source["layer"], mesh=one_process)})
+            state = get_model_state_dict(sharded, options=options)
+        set_model_state_dict(target, state, options=options)
+        got = get_model_state_dict(target, options=StateDictOptions(full_state_dict=True))
+        assert got.keys() == values.keys() and all(torch.equal(got[name], value) for name, value in values.items())

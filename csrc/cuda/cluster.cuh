@@ -1,0 +1,77 @@
+// What the backward uses besides hopper.cuh: each other's shared memory in a cluster, runs of bytes, transposed
+// fragments, registers moved between warpgroups, a ring of stages.
+#pragma once
+
+#include "cuda/hopper.cuh"
+
+namespace mtlora::cuda {
+
+__device__ inline uint32_t cluster_size() {
+    uint32_t size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
+// The address of the same variable in the shared memory of block `rank`.
+__device__ inline uint32_t cluster_address(const void* p, uint32_t rank) {
+    uint32_t address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(smem_address(p)), "r"(rank));
+    return address;
+}
+
+__device__ inline float cluster_load(uint32_t address) {
+    float value;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
+// A run of bytes, a multiple of 16, to shared memory; the second to the same place in every block of the cluster in
+// `blocks` (a bit each), completing on the barrier of each.
+__device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     smem_address(to)),
+                 "l"(from), "r"(bytes), "r"(smem_address(barrier))
+                 : "memory");
+}
+__device__ inline void bulk_load_multicast(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                                           uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(smem_address(to)),
+        "l"(from), "r"(bytes), "r"(smem_address(barrier)), "h"(blocks)
+        : "memory");
+}
+
+// Four 8 x 8 tiles of 16-bit values, transposed: lane l gives the address of row l % 8 of tile l / 8, and gets column
+// l / 4 of each tile, rows 2 (l % 4) and the next.
+__device__ inline void load_transposed(uint32_t (&a)[4], uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Registers a thread of this warpgroup may use from here on: what producers give up, consumers take.
+template <int count>
+__device__ inline void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(count));
+}
+template <int count>
+__device__ inline void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(count));
+}
+
+// Position in a ring of stages. Consumers wait for `parity`, producers for the opposite: the first lap is free.
+struct Ring {
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ void advance(int stages) {
+        if (++stage == stages) {
+            stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+
+}  // namespace mtlora::cuda

@@ -1,0 +1,167 @@
+// The backward: which kernels run, their workspaces, and `route`, the small one between the products.
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cuda/elements.cuh"
+#include "cuda/hopper.cuh"
+#include "cuda/launch.h"
+#include "cuda/routed_lora_bwd.h"
+#include "cuda/sum_rows.h"
+
+namespace mtlora::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+struct RouteArgs {
+    const void *h, *pi, *scale;
+    const float *dh, *dload;
+    float *dw, *dpi;
+    void* rows;
+    int64_t pitch;
+    int tokens, groups, experts, log_lanes;  // lanes: experts padded to a power of two
+    int rank, padded_rank, blocks;
+    int weight_blocks;  // of the grid: the first ones
+    float scaling, inverse_count;
+    bool relu, has_router, weighted;
+};
+
+// d(pi) and d(logits) = pi (d(pi) - sum over N of pi d(pi)) of one expert of (token, group); the lanes of a row share
+// the sum.
+template <class E>
+__device__ void route_weights(const RouteArgs& p, int row, int expert) {
+    const bool live = row < p.tokens * p.groups && expert < p.experts;
+    const int64_t at = int64_t(row) * p.experts + expert;
+    float pi = 0, dpi = 0;
+    if (live) {
+        const float dw = p.dw[at];
+        pi = to_float(static_cast<const E*>(p.pi)[at]);
+        dpi = dw * (p.scale ? to_float(static_cast<const E*>(p.scale)[expert]) * p.scaling : p.scaling);
+        if (p.dload) dpi = dpi + p.dload[expert] * p.inverse_count;
+        if (p.dpi) p.dpi[at] = dpi;
+        if (p.weighted) p.dw[at] = pi * dw;
+    }
+    float sum = live ? pi * dpi : 0.0f;
+    for (int n = (1 << p.log_lanes) / 2; n > 0; n /= 2) sum = sum + __shfl_xor_sync(~0u, sum, n);
+    if (live && p.has_router) {
+        const int token = row / p.groups, group = row - token * p.groups;
+        static_cast<E*>(p.rows)[token * p.pitch + p.padded_rank + group * p.experts + expert] =
+            rounded<E>(pi * (dpi - sum));
+    }
+}
+
+// d(h) of one token and rank: blocks of experts in order, scaled; zero in the padding.
+template <class E>
+__device__ void route_h(const RouteArgs& p, int64_t token, int rank) {
+    float dh = 0;
+    if (rank < p.rank) {
+        for (int block = 0; block < p.blocks; ++block) {
+            dh = dh + p.dh[(int64_t(block) * p.tokens + token) * p.rank + rank];
+        }
+        dh = dh * p.scaling;
+        if (p.relu && to_float(static_cast<const E*>(p.h)[token * p.rank + rank]) <= 0) dh = 0;
+    }
+    static_cast<E*>(p.rows)[token * p.pitch + rank] = rounded<E>(dh);
+}
+
+template <class E>
+__global__ void __launch_bounds__(kThreads) route_kernel(const RouteArgs p) {
+    grid_dependency_wait();
+    launch_dependents();
+    if (int(blockIdx.x) < p.weight_blocks) {
+        const unsigned thread = blockIdx.x * kThreads + threadIdx.x;
+        route_weights<E>(p, int(thread >> p.log_lanes), int(thread & ((1u << p.log_lanes) - 1)));
+    } else {
+        const unsigned thread = (blockIdx.x - unsigned(p.weight_blocks)) * kThreads + threadIdx.x;
+        const unsigned token = thread / unsigned(p.padded_rank);
+        if (token < unsigned(p.tokens)) route_h<E>(p, token, int(thread - token * unsigned(p.padded_rank)));
+    }
+}
+
+// Hands out pieces of one allocation, or only counts them.
+struct Carver {
+    char* base;
+    int64_t used = 0;
+
+    void* take(bool wanted, int64_t bytes) {
+        if (!wanted) return nullptr;
+        char* const piece = base + used;
+        used += ceil_div(bytes, 256) * 256;
+        return piece;
+    }
+};
+
+Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
+    const bool needs_rows = f.dx.data || f.dlora_a.data || f.drouter.data;
+    const bool needs_dw = f.dpi.data || f.dexpert_scale.data || (needs_rows && f.router.data);
+    const int64_t pairs = f.tokens * f.groups, blocks = ceil_div(f.experts * f.rank, 128);
+    Buffers w;
+    w.dw = static_cast<float*>(carver.take(needs_dw, pairs * f.experts * 4));
+    w.dh = static_cast<float*>(carver.take(needs_rows, blocks * f.tokens * f.rank * 4));
+    w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
+    w.b_tiles = carver.take(needs_dw || needs_rows,
+                            f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
+    w.pi_tiles = carver.take(f.dlora_b.data, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
+    w.sums = static_cast<float*>(carver.take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
+    return w;
+}
+
+}  // namespace
+
+void route(const RoutedLoraBwd& f, const Buffers& w) {
+    RouteArgs p = {};
+    p.h = f.h.data;
+    p.pi = f.pi.data;
+    p.scale = f.expert_scale.data;
+    p.dh = w.dh;
+    p.dload = static_cast<const float*>(f.dload.data);
+    p.dw = w.dw;
+    p.dpi = static_cast<float*>(f.dpi.data);
+    p.rows = w.rows;
+    p.tokens = int(f.tokens);
+    p.pitch = row_pitch(f);
+    p.groups = int(f.groups);
+    p.experts = int(f.experts);
+    while ((1 << p.log_lanes) < p.experts) ++p.log_lanes;
+    p.rank = int(f.rank);
+    p.padded_rank = padded_rank(f);
+    p.blocks = int(ceil_div(f.experts * f.rank, 128));
+    p.scaling = f.scaling;
+    p.inverse_count = f.inverse_count;
+    p.relu = f.relu;
+    p.has_router = f.router.data && w.rows;
+    p.weighted = f.dexpert_scale.data;
+    if (w.dw) p.weight_blocks = int(ceil_div((f.tokens * f.groups) << p.log_lanes, kThreads));
+    const int64_t h_blocks = w.dh ? ceil_div(f.tokens * p.padded_rank, kThreads) : 0;
+    const dim3 grid(unsigned(p.weight_blocks + h_blocks));
+    if (f.compute_dtype == DType::bf16)
+        launch<route_kernel<bf16>>("routed_lora route", grid, kThreads, 0, f.stream, true, p);
+    else
+        launch<route_kernel<f16>>("routed_lora route", grid, kThreads, 0, f.stream, true, p);
+}
+
+int64_t routed_lora_bwd_workspace(const RoutedLoraBwd& f) {
+    Carver carver{nullptr};
+    carve(f, carver);
+    return carver.used;
+}
+
+void routed_lora_bwd(const RoutedLoraBwd& f) {
+    Carver carver{static_cast<char*>(f.workspace)};
+    const Buffers w = carve(f, carver);
+    pack(f, w);
+    if (w.dw || w.dh) {
+        contract(f, w);
+        route(f, w);
+    }
+    if (f.dlora_b.data) grad_b(f, w);
+    if (f.dx.data) grad_x(f, w);
+    if (f.dlora_a.data || f.drouter.data) grad_rows(f, w);
+    if (f.dexpert_scale.data) {
+        sum_rows(w.dw, DType::f32, f.tokens * f.groups, int(f.experts), f.scaling,
+                 static_cast<float*>(f.dexpert_scale.data), w.sums, f.stream);
+    }
+}
+
+}  // namespace mtlora::cuda

@@ -1,0 +1,59 @@
+"""The operators in eager mode: an autograd Function of their own, and no dispatcher where nobody listens to it.
+
+For operators written in Python, torch.library's autograd more than doubles the host time of a call, and the dispatcher
+is a fifth of the rest (figures in triton/README.md). Compilers, tracers, profilers, dispatch modes and tensor
+subclasses get the operators.
+"""
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_forward_op = torch.ops.mtlora_kernels.routed_lora_fwd.default
+_backward_op = torch.ops.mtlora_kernels.routed_lora_bwd.default
+_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+
+
+def _nobody_listens(tensors: tuple[Tensor | None, ...], x: Tensor) -> bool:
+    return (
+        (x.is_cuda or x.is_cpu)
+        and all([type(t) in _PLAIN for t in tensors])
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._get_tracing_state()
+        and not torch.autograd._profiler_enabled()
+    )
+
+
+def _forward(*inputs):
+    """Below autograd: the caller records, or nothing does."""
+    if _nobody_listens(inputs[:8], inputs[0]):
+        return ops.run_forward(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return _forward_op(*inputs)
+
+
+def _backward(*inputs):
+    if not torch.is_grad_enabled() and _nobody_listens(inputs[:10], inputs[2]):
+        return ops.run_backward(*inputs)
+    return _backward_op(*inputs)  # with create_graph its registration refuses the second derivative
+
+
+class _RoutedLora(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = _forward(*inputs)
+        ops.setup_context(ctx, inputs, output)
+        return output[:2]
+
+    @staticmethod
+    def backward(ctx, dout, dload):
+        return ops.gradients(ctx, dout, dload, _backward)
+
+
+def routed_lora(*inputs) -> tuple[Tensor, Tensor]:
+    """(out, load) of the operator routed_lora_fwd, differentiable."""
+    if torch.compiler.is_compiling():
+        return _forward_op(*inputs)[:2]
+    return _RoutedLora.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)[:2]

@@ -1,0 +1,109 @@
+"""The backward on Hopper against the reference with Cuda arithmetic: every gradient equal to the last bit."""
+
+import pytest
+import torch
+
+from mtlora_kernels import available_impls
+
+if not torch.cuda.is_available() or "cuda" not in available_impls("cuda"):
+    pytest.skip("no GPU, or no CUDA kernels for it", allow_module_level=True)
+
+from mtlora_kernels.native import cuda_bwd
+from mtlora_kernels.reference.routed_lora_bwd import routed_lora_bwd
+from mtlora_kernels.testing import assert_bitwise_equal, with_layout
+
+pytestmark = pytest.mark.gpu
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = ("x", "lora_a", "lora_b", "router", "route_weights", "expert_scale")
+SMALL = (130, 256, 256, 16, 16, 2)
+# tokens, d_in, d_out, rank, experts, groups: each rank, partial tiles of tokens, outputs, experts and features,
+# one to eight chunks of tokens, narrow groups, router rows beyond one block of columns
+SHAPES = [
+    SMALL, (64, 64, 64, 16, 8, 1), (1, 64, 64, 16, 3, 1), (300, 200, 144, 16, 15, 3), (4500, 768, 768, 16, 25, 32),
+    (1000, 1032, 512, 8, 16, 2), (1000, 512, 512, 32, 16, 4), (777, 512, 512, 64, 16, 2), (200, 64, 576, 32, 5, 3),
+    (600, 768, 3072, 16, 25, 16), (512, 4096, 11008, 16, 16, 1), (512, 11008, 4096, 8, 32, 32),
+    (3000, 1024, 1024, 64, 32, 32), (17000, 512, 768, 16, 16, 1), (8192, 4096, 4096, 16, 16, 2),
+]  # fmt: skip
+
+
+def make_case(shape, E=BF16, *, weights=None, router=True, scale=False, relu=False, load=False):
+    tokens, d_in, d_out, rank, experts, groups = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def randn(*size, dtype=weights or E, std=1.0):
+        return (torch.randn(size, generator=generator, device="cuda") * std).to(dtype)
+
+    h = randn(tokens, rank, dtype=E)
+    return dict(
+        dout=randn(tokens, d_out, dtype=E), dload=randn(experts, dtype=F32) if load else None,
+        x=randn(tokens, d_in, dtype=E), lora_a=randn(rank, d_in, std=d_in**-0.5),
+        lora_b=randn(experts, d_out, rank, std=rank**-0.5),
+        router=randn(groups * experts, d_in, std=d_in**-0.5) if router else None, h=h.relu() if relu else h,
+        pi=randn(tokens, groups, experts, dtype=F32).softmax(-1).to(E), expert_scale=randn(experts) if scale else None,
+        seed=None, scaling=1.7, activation="relu" if relu else None, dropout_p=0.0,
+    )  # fmt: skip
+
+
+def check(case, needs=(True,) * 6):
+    owners = (case["x"], case["lora_a"], case["lora_b"], case["router"], case["pi"], case["expert_scale"])
+    needs = [need and owner is not None for need, owner in zip(needs, owners, strict=True)]
+    expected = routed_lora_bwd(**case, needs=needs)
+    for _ in range(2):
+        for name, a, e in zip(NAMES, cuda_bwd.routed_lora_bwd(**case, needs=needs), expected, strict=True):
+            assert (a is None) == (e is None), name
+            if a is not None:
+                assert_bitwise_equal(a, e, name)
+
+
+@pytest.mark.parametrize("E", [BF16, F16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape, E):
+    check(make_case(shape, E, scale=True, load=True, relu=True))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"scale": True}, {"relu": True}, {"load": True}, {"router": False}, {"weights": F32}], ids=str
+)
+def test_options(options):
+    check(make_case(SMALL, **options))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_gradient_alone(name):
+    check(make_case(SMALL, scale=True), [other == name for other in NAMES])
+
+
+@pytest.mark.parametrize("layout", ["padded", "sliced", "offset", "transposed", "expanded"])
+@pytest.mark.parametrize("name", ["dout", "x", "lora_a", "lora_b", "router"])
+def test_layouts(name, layout):
+    case = make_case(SMALL, scale=True)
+    check(case | {name: with_layout(case[name], layout)})
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), 3e38, 1e-40], ids=str)
+@pytest.mark.parametrize("name", ["dout", "x", "lora_b", "h"])
+def test_special_values(name, special):
+    case = make_case((130, 256, 240, 16, 15, 3), scale=True)
+    case[name].view(-1)[12345 % case[name].numel()] = special
+    check(case)
+
+
+def test_captured_in_a_graph():
+    case = make_case(SMALL)
+    needs = (True, True, True, True, False, False)
+    expected = cuda_bwd.routed_lora_bwd(**case, needs=needs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = cuda_bwd.routed_lora_bwd(**case, needs=needs)
+    for gradient in captured[:4]:
+        gradient.zero_()
+    graph.replay()
+    for name, a, e in zip(NAMES[:4], captured, expected, strict=False):
+        assert_bitwise_equal(a, e, name)
+
+
+def test_no_tokens():
+    case = make_case((0, 256, 256, 16, 16, 2))
+    for gradient in cuda_bwd.routed_lora_bwd(**case, needs=(True, True, True, True, False, False))[:4]:
+        assert not gradient.any()
