@@ -58,13 +58,8 @@ def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, 
 
 
 def _has_products(x: Tensor) -> bool:
-    """Whether the kernels do the products with x [L, d, N*r]; the library does the others."""
+    """Whether the kernels do the products with x [L, d, N*r]; `Cuda.dot` does the others."""
     return x.dtype != torch.float32 and x.shape[2] % 8 == 0
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """`Cuda.dot` of [L, M, K] and [L, K, N], all layers in one launch where the library keeps its order of K."""
-    return Cuda.dot(a, b)
 
 
 def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
@@ -91,7 +86,7 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
         if _has_products(x):
             _C.spectral_cross_product_cuda(params)
         else:
-            c = _dot(x.mT, x)
+            c = Cuda.dot(x.mT, x)
             params.c = c.data_ptr()
     else:
         x, c = lora_b.new_empty(0), weights.new_empty(layers, experts, rank, rank)
@@ -113,7 +108,7 @@ def spectral_penalty_bwd(dloss: Tensor, lora_b: Tensor, weights: Tensor, x: Tens
         if _has_products(x):
             _C.spectral_gradient_product_cuda(params)
             return grad
-        product = _dot(x, scaled_k)
+        product = Cuda.dot(x, scaled_k)
         params.product = product.data_ptr()
     _C.spectral_gradient_cuda(params)
     return grad

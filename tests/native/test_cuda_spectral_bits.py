@@ -14,16 +14,17 @@ from mtlora_kernels.testing import assert_bitwise_equal, with_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("pairwise", "gram")
-# batch, m, n, rank, sketch, power iterations
+F32, BF16, F16 = DTYPES
+# dtype, batch, m, n, rank, sketch, power iterations; few, as the reference takes most of the time on a GPU
 MATRICES = [
-    (3, 200, 16, 16, 16, 0), (2, 7, 5, 3, 5, 0), (1, 1, 1, 1, 1, 0), (2, 33, 3, 2, 2, 1), (2, 300, 40, 5, 13, 1),
-    (2, 100, 64, 64, 64, 0), (1, 70, 64, 20, 28, 2), (2, 4096, 16, 16, 16, 0), (1, 300, 256, 64, 64, 1),
-    (2, 130, 24, 8, 24, 0), (3, 520, 33, 33, 33, 0), (0, 20, 4, 2, 3, 1),
+    (F32, 3, 200, 16, 16, 16, 0), (F32, 1, 1, 1, 1, 1, 0), (BF16, 2, 33, 3, 2, 2, 1), (F16, 2, 300, 40, 5, 13, 1),
+    (BF16, 2, 2048, 16, 16, 16, 0), (F32, 1, 300, 256, 64, 64, 0), (F32, 2, 130, 24, 8, 24, 0),
+    (BF16, 2, 512, 64, 16, 24, 1), (F32, 0, 20, 4, 2, 3, 1),
 ]  # fmt: skip
-# layers, experts, d, r
+# dtype, layers, experts, d, r, scale
 ADAPTERS = [
-    (2, 3, 40, 8), (1, 2, 60, 5), (1, 1, 4, 1), (2, 15, 50, 16), (1, 40, 33, 3), (1, 25, 130, 16), (2, 16, 1024, 16),
-    (1, 2, 64, 64), (1, 3, 300, 6),
+    (BF16, 2, 16, 512, 16, 0.1), (BF16, 2, 15, 50, 16, 0.0), (F16, 1, 2, 60, 5, 1.0), (F32, 2, 3, 40, 8, 1.0),
+    (F32, 1, 1, 4, 1, 1.0), (F16, 1, 3, 300, 6, 1e-3), (BF16, 1, 2, 70, 64, 1.0),
 ]  # fmt: skip
 
 
@@ -48,17 +49,16 @@ def check_penalty(lora_b: torch.Tensor, kind: str) -> None:
     assert_bitwise_equal(cuda_spectral.spectral_penalty_bwd(*saved), spectral.spectral_penalty_bwd(*saved), "gradient")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", MATRICES, ids=str)
-def test_batched_rsvd(shape, dtype):
+@pytest.mark.parametrize("case", MATRICES, ids=str)
+def test_batched_rsvd(case):
+    dtype, *shape = case
     check_rsvd(randn(*shape[:3], dtype=dtype), *shape[3:])
 
 
 @pytest.mark.parametrize("settings", [(8, 8, 0), (3, 4, 1)], ids=str)
 def test_batched_rsvd_without_full_rank(settings):
     """Where directions are null, singular values are rounding noise: the last bits of fp64 show."""
-    for rank in (0, 1, 2, 7):
-        check_rsvd(randn(3, 40, rank) @ randn(3, rank, 8), *settings)
+    check_rsvd(torch.cat([randn(1, 40, rank) @ randn(1, rank, 8) for rank in (0, 1, 2, 7)]), *settings)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -69,10 +69,9 @@ def test_batched_rsvd_of_extreme_and_graded_values(scale):
 
 @pytest.mark.parametrize("layout", ["padded", "sliced", "offset", "transposed", "expanded"])
 def test_layouts(layout):
-    a = with_layout(randn(3, 24, 24, dtype=torch.bfloat16), layout)
-    check_rsvd(a, 24, 24, 0)
-    for kind in KINDS:
-        check_penalty(a[None], kind)
+    a = with_layout(randn(3, 12, 12, dtype=torch.bfloat16), layout)
+    check_rsvd(a, 12, 12, 0)
+    check_penalty(a[None], "pairwise")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -84,11 +83,10 @@ def test_a_matrix_that_is_not_finite_is_nan_alone(value):
         check_penalty(a[None], kind)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, 1e-3])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", ADAPTERS, ids=str)
-def test_spectral_penalty(shape, dtype, kind, scale):
+@pytest.mark.parametrize("case", ADAPTERS, ids=str)
+def test_spectral_penalty(case, kind):
+    dtype, *shape, scale = case
     check_penalty((randn(*shape) * scale).to(dtype), kind)
 
 
