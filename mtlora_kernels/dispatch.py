@@ -7,50 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
-from .reference.routed_lora import GROUP_FORM_MIN_SIZE
-
-
-class Call(NamedTuple):
-    """What limits may look at: dtypes and sizes, never values or addresses."""
-
-    compute_dtype: torch.dtype
-    x_dtype: torch.dtype
-    out_dtype: torch.dtype
-    d_in: int
-    d_out: int
-    rank: int
-    experts: int
-    groups: int
-    eager: bool
-    dropout: bool
-
-
-LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def _no_float64(call: Call) -> str | None:
-    return None if call.compute_dtype in LOW_PRECISION else f"compute_dtype is {call.compute_dtype}"
-
-
-def _hopper_limits(call: Call) -> str | None:
-    """What csrc/cuda does not specialise: the first such property of the call, as a phrase."""
-    size = call.d_out // call.groups
-    ranks = (16, 32, 64) if call.eager else (8, 16, 32, 64)
-    rules = (
-        (call.compute_dtype in (torch.bfloat16, torch.float16), f"compute_dtype is {call.compute_dtype}"),
-        (call.x_dtype == call.compute_dtype, f"x has dtype {call.x_dtype} besides compute_dtype {call.compute_dtype}"),
-        (call.out_dtype == call.compute_dtype, f"out has dtype {call.out_dtype}"),
-        (call.rank in ranks, f"the rank is {call.rank}, not one of {ranks}"),
-        (call.experts <= 32, f"there are {call.experts} experts, more than 32"),
-        (call.d_in % 8 == 0, f"d_in is {call.d_in}, not a multiple of 8"),
-        (size % 8 == 0 and size >= GROUP_FORM_MIN_SIZE, f"a group has {size} outputs, not 16, 24, 32, ..."),
-        (not call.dropout, "dropout_p is not 0"),
-    )
-    return next((reason for holds, reason in rules if not holds), None)
+from .limits import Call, hopper_limits, low_precision
 
 
 @dataclass(frozen=True)
@@ -68,10 +28,10 @@ class Impl:
 
 # fastest first
 _TABLE = {
-    "cpu": Impl("cpu", "native.cpu", ("native.cpu",), _no_float64),
+    "cpu": Impl("cpu", "native.cpu", ("native.cpu",), low_precision),
     # On an H100 Triton's backward takes 192 us at T = 8192, d = 4096, N = r = 16, G = 2, the one in CUDA 290 us.
-    "cuda": Impl("cuda", "native.cuda", ("triton.routed_lora_bwd", "native.cuda_bwd"), _hopper_limits),
-    "triton": Impl("cuda", "triton.routed_lora_fwd", ("triton.routed_lora_bwd",), _no_float64),
+    "cuda": Impl("cuda", "native.cuda", ("triton.routed_lora_bwd", "native.cuda_bwd"), hopper_limits),
+    "triton": Impl("cuda", "triton.routed_lora_fwd", ("triton.routed_lora_bwd",), low_precision),
     "reference": Impl(None, "reference.routed_lora", ("reference.routed_lora_bwd",), lambda call: None),
 }
 IMPLS = tuple(_TABLE)
@@ -84,14 +44,14 @@ class UnsupportedCall(ValueError):
 def _has_extension(cuda: bool) -> bool:
     if importlib.util.find_spec("mtlora_kernels._C") is None:
         return False
-    return not cuda or _module("_C").build_info()["cuda"] is not None
+    return not cuda or load_module("_C").build_info()["cuda"] is not None
 
 
-def _module(name: str) -> ModuleType:
+def load_module(name: str) -> ModuleType:
     return importlib.import_module(f"mtlora_kernels.{name}")
 
 
-_BUILT = {
+BUILT = {
     "cpu": _has_extension(cuda=False),
     "cuda": torch.version.cuda is not None and _has_extension(cuda=True),
     "triton": importlib.util.find_spec("triton") is not None,
@@ -120,7 +80,7 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
     ('reference', 'cpu')
     """
     device = torch.device(device)
-    return tuple(impl for impl in reversed(IMPLS) if _BUILT[impl] and _runs_on(impl, device))
+    return tuple(impl for impl in reversed(IMPLS) if BUILT[impl] and _runs_on(impl, device))
 
 
 def resolve(impl: str | None, device: torch.device, call: Call) -> str:
@@ -160,5 +120,5 @@ _resolve_once = cache(_resolve)
 def routed_lora_kernels(impl: str):
     """(forward, backward) of an implementation; its module is imported on first use."""
     row = _TABLE[impl]
-    backward = next(name for name in row.backward if _BUILT["triton"] or not name.startswith("triton."))
-    return _module(row.forward).routed_lora_fwd, _module(backward).routed_lora_bwd
+    backward = next(name for name in row.backward if BUILT["triton"] or not name.startswith("triton."))
+    return load_module(row.forward).routed_lora_fwd, load_module(backward).routed_lora_bwd

@@ -15,7 +15,7 @@ _backward_op = torch.ops.mtlora_kernels.routed_lora_bwd.default
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 
 
-def _nobody_listens(tensors: tuple[Tensor | None, ...], x: Tensor) -> bool:
+def nobody_listens(tensors: tuple[Tensor | None, ...], x: Tensor) -> bool:
     return (
         (x.is_cuda or x.is_cpu)
         and all([type(t) in _PLAIN for t in tensors])
@@ -28,14 +28,14 @@ def _nobody_listens(tensors: tuple[Tensor | None, ...], x: Tensor) -> bool:
 
 def _forward(*inputs):
     """Below autograd: the caller records, or nothing does."""
-    if _nobody_listens(inputs[:8], inputs[0]):
+    if nobody_listens(inputs[:8], inputs[0]):
         return ops.run_forward(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward_op(*inputs)
 
 
 def _backward(*inputs):
-    if not torch.is_grad_enabled() and _nobody_listens(inputs[:10], inputs[2]):
+    if not torch.is_grad_enabled() and nobody_listens(inputs[:10], inputs[2]):
         return ops.run_backward(*inputs)
     return _backward_op(*inputs)  # with create_graph its registration refuses the second derivative
 

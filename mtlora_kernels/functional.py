@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .dispatch import Call, resolve
+from .dispatch import resolve
+from .limits import Call
 from .reference.routed_lora import output_dtype
 from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
 

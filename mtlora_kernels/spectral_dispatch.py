@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from .dispatch import _BUILT, _module
+from .dispatch import BUILT, load_module
 
 # name -> (device type, module with batched_rsvd, module with the other three operators), fastest first
 _TABLE = {
@@ -19,7 +19,7 @@ SPECTRAL_IMPLS = tuple(_TABLE)
 
 def _images() -> tuple[tuple[int, bool], ...]:
     """(compute capability, whether later ones can use it too) of each compiled image of the CUDA kernels."""
-    architectures = _module("_C").build_info()["cuda_architectures"] if _BUILT["cuda"] else ()
+    architectures = load_module("_C").build_info()["cuda_architectures"] if BUILT["cuda"] else ()
     parts = [re.fullmatch(r"(\d+)(.*)", name).groups() for name in architectures]  # 80, 90a, 86-real, ...
     return tuple((int(number), suffix in ("", "-virtual")) for number, suffix in parts)
 
@@ -48,7 +48,7 @@ def available_spectral_impls(device: torch.device | str = "cpu") -> tuple[str, .
     ('reference', 'cpu')
     """
     device = torch.device(device)
-    return tuple(impl for impl in reversed(SPECTRAL_IMPLS) if _BUILT[impl] and _runs_on(impl, device))
+    return tuple(impl for impl in reversed(SPECTRAL_IMPLS) if BUILT[impl] and _runs_on(impl, device))
 
 
 def _resolve(impl: str | None, device: torch.device) -> str:
@@ -71,10 +71,10 @@ def resolve_spectral(impl: str | None, device: torch.device) -> str:
 @cache
 def batched_rsvd_kernel(impl: str):
     """batched_rsvd of an implementation; its module is imported on first use."""
-    return _module(_TABLE[impl][1]).batched_rsvd
+    return load_module(_TABLE[impl][1]).batched_rsvd
 
 
 @cache
 def spectral_kernels(impl: str) -> ModuleType:
     """The module with spectral_weights, spectral_penalty_fwd and spectral_penalty_bwd of an implementation."""
-    return _module(_TABLE[impl][2])
+    return load_module(_TABLE[impl][2])

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from . import spectral_ops
-from .eager import _nobody_listens
+from .eager import nobody_listens
 
 
 def _run(name: str, *inputs):
     """Below autograd: the caller records, or nothing does."""
     tensors = tuple(value for value in inputs if isinstance(value, Tensor))
-    if _nobody_listens(tensors, tensors[0]):
+    if nobody_listens(tensors, tensors[0]):
         return spectral_ops.RUN[name](*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return spectral_ops.operator(name)(*inputs)

@@ -51,8 +51,10 @@ def test_shapes_dtypes_and_order(spectral_impl, shape):
     assert (short.gather(1, short.abs().argmax(1, keepdim=True)) > 0).all()
 
 
-def test_a_wide_matrix_is_a_tall_one_transposed(spectral_impl):
+def test_factors_of_a_wide_matrix(spectral_impl):
     a = torch.randn(3, 40, 12)
+    u, s, vh = mk.batched_rsvd(a.mT, 12, impl=spectral_impl)
+    torch.testing.assert_close(u @ torch.diag_embed(s) @ vh, a.mT)
     tall, wide = mk.batched_rsvd(a, 5, impl=spectral_impl), mk.batched_rsvd(a.mT, 5, impl=spectral_impl)
     assert_bitwise_equal(tall[0], wide[2].mT)
     assert_bitwise_equal(tall[1], wide[1])

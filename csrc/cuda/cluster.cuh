@@ -1,5 +1,5 @@
-// What the backward uses besides hopper.cuh: each other's shared memory in a cluster, runs of bytes, transposed
-// fragments, registers moved between warpgroups, a ring of stages.
+// What the backward uses besides hopper.cuh: each other's shared memory in a cluster, runs of bytes, registers moved
+// between warpgroups, a ring of stages.
 #pragma once
 
 #include "cuda/hopper.cuh"
@@ -40,15 +40,6 @@ __device__ inline void bulk_load_multicast(void* to, const void* from, uint32_t 
         "%4;" ::"r"(smem_address(to)),
         "l"(from), "r"(bytes), "r"(smem_address(barrier)), "h"(blocks)
         : "memory");
-}
-
-// Four 8 x 8 tiles of 16-bit values, transposed: lane l gives the address of row l % 8 of tile l / 8, and gets column
-// l / 4 of each tile, rows 2 (l % 4) and the next.
-__device__ inline void load_transposed(uint32_t (&a)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(a[0]), "=r"(a[1]), "=r"(a[2]), "=r"(a[3])
-                 : "r"(address)
-                 : "memory");
 }
 
 // Registers a thread of this warpgroup may use from here on: what producers give up, consumers take.

@@ -24,6 +24,9 @@ __device__ inline To bits_as(From v) {
     return to;
 }
 
+__device__ inline float to_float(float v) {
+    return v;
+}
 __device__ inline float to_float(bf16 v) {
     return __bfloat162float(v);
 }

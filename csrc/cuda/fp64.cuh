@@ -16,9 +16,6 @@ __device__ inline double* shared_memory() {
     return memory;
 }
 
-__device__ inline float to_float(float v) {
-    return v;
-}
 template <class T>
 __device__ inline double to_double(T v) {
     return double(to_float(v));

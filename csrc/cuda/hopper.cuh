@@ -98,10 +98,6 @@ __device__ inline void grid_dependency_wait() {
 
 // ---- TMA: coordinates count elements from the innermost dimension; what lies outside reads 0 and is not written ----
 
-__device__ inline void prefetch_map(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 __device__ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], "
@@ -293,5 +289,17 @@ MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef MTLORA_WGMMA
 #undef MTLORA_WGMMA_SS
 #undef MTLORA_WGMMA_RS
+#undef MTLORA_REGS_8
+#undef MTLORA_REGS_16
+#undef MTLORA_REGS_32
+#undef MTLORA_REGS_64
+#undef MTLORA_REGS_128
+#undef MTLORA_REGS_256
+#undef MTLORA_OUT_4
+#undef MTLORA_OUT_8
+#undef MTLORA_OUT_16
+#undef MTLORA_OUT_32
+#undef MTLORA_OUT_64
+#undef MTLORA_OUT_128
 
 }  // namespace mtlora::cuda

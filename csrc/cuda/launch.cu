@@ -81,11 +81,17 @@ CUtensorMap tensor_map(const void* data, DType dtype, std::initializer_list<Dime
         ++rank;
     }
     CUtensorMap map;
-    const CUresult status =
-        encode(&map, dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, rank,
-               const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               swizzle_of(dimensions.begin()->box * kElementBytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const auto encoded = [&] {
+        return encode(&map, dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                      rank, const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                      swizzle_of(dimensions.begin()->box * kElementBytes), CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                      CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    };
+    CUresult status = encoded();
+    if (status == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has called nothing of CUDA yet
+        check(cudaSetDevice(current_device()), "cudaSetDevice");
+        status = encoded();
+    }
     if (status != CUDA_SUCCESS) throw std::runtime_error("cuTensorMapEncodeTiled: error " + std::to_string(status));
     return map;
 }

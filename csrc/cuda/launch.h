@@ -25,7 +25,7 @@ int max_shared_bytes();  // of a block on this device
 // A tiled view of `data` (bf16 or f16): sizes and box in elements from the innermost dimension, which is contiguous;
 // strides in elements, of the other dimensions. swizzle follows the bytes of a row of the box (128 at most).
 struct Dimension {
-    int64_t size, stride;
+    int64_t size, stride;  // the innermost stride is 1 and not read
     int box;
 };
 CUtensorMap tensor_map(const void* data, DType dtype, std::initializer_list<Dimension> dimensions);

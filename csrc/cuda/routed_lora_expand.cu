@@ -138,6 +138,12 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
             z[2 * i] = mixed_h<E>(p, h[0][ranks], w[0][expert], first + expert);
             z[2 * i + 1] = mixed_h<E>(p, h[1][ranks], w[1][expert], first + expert);
         }
+        if (first + Tile::kChunkExperts > p.experts) {  // what pads k is zero, also where h is infinite
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                if (first + i * 8 / R >= p.experts) z[2 * i] = z[2 * i + 1] = 0;
+            }
+        }
         pin(z);
         wgmma_fence();
 #pragma unroll

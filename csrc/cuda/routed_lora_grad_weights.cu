@@ -15,6 +15,7 @@
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
 #include "cuda/routed_lora_bwd.h"
+#include "cuda/tensor.cuh"
 
 namespace mtlora::cuda {
 namespace {
@@ -147,7 +148,7 @@ __device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, u
             if constexpr (mixed) {
                 const char* const weights = stage + FeatureTile<BF>::kBytes + kTokens * p.rank * 2 + 32 * k + 4 * q;
                 uint32_t h[4];
-                load_transposed(h, rows + k * 16 * pitch);
+                load_matrices<true>(h, rows + k * 16 * pitch);
 #pragma unroll
                 for (int m = 0; m < tiles; ++m) {
                     const char* const at = weights + expert[m] * kWeightRow;
@@ -167,7 +168,7 @@ __device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, u
 #pragma unroll
                 for (int m = 0; m < tiles; ++m) {
                     uint32_t v[4];
-                    load_transposed(v, rows + (warpgroup + 2 * m) * kBoxBytes + k * 16 * pitch);
+                    load_matrices<true>(v, rows + (warpgroup + 2 * m) * kBoxBytes + k * 16 * pitch);
 #pragma unroll
                     for (int i = 0; i < 4; ++i) a[m][4 * k + i] = v[i];
                 }

@@ -18,10 +18,6 @@ struct SumArgs {
     float factor;
 };
 
-__device__ float to_float(float v) {
-    return v;
-}
-
 template <class V>
 __global__ void sum_runs_kernel(const SumArgs a) {
     const int64_t first = int64_t(blockIdx.x) * kRun;

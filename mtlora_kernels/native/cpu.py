@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.routed_lora import output_dtype
-from .params import set_common, set_fields
+from .params import new_gradients, set_common, set_fields
 
 
 def routed_lora_fwd(
@@ -75,27 +75,14 @@ def routed_lora_bwd(
     Each comes in its tensor's dtype; that of route_weights, which is not an argument, in float32.
     """
     tokens = pi.shape[0]
-    owners = (x, lora_a, lora_b, router, pi, expert_scale)
-    need_x, need_a, need_b, need_router, need_weights, need_scale = (
-        need and owner is not None for need, owner in zip(needs, owners, strict=True)
-    )
-    allocate = torch.empty if tokens else torch.zeros  # nothing is launched for no tokens
-
-    def gradient(need: bool, owner: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        return allocate(owner.shape, dtype=dtype or owner.dtype) if need else None
-
-    dx = gradient(need_x, x)
-    da, db, dr = gradient(need_a, lora_a), gradient(need_b, lora_b), gradient(need_router, router)
-    dpi = gradient(need_weights, pi, torch.float32)
-    ds = gradient(need_scale, expert_scale, torch.float32)
+    dx, da, db, dr, dpi, ds = new_gradients(needs, x, lora_a, lora_b, router, pi, expert_scale)
     if tokens:
         dload = None if dload is None else dload.to(torch.float32).contiguous()
         # d(w) becomes d(pi), then d(logits), in one place unless d(pi) is wanted besides d(logits).
         dlogits = None
-        if need_weights or need_scale or (router is not None and (need_x or need_router)):
-            dlogits = dpi if need_weights and router is None else torch.empty(pi.shape)
-        dh = torch.empty(tokens, h.shape[1]) if need_x or need_a else None
-        dload = None if dload is None else dload.to(torch.float32).contiguous()
+        if dpi is not None or ds is not None or (router is not None and (dx is not None or dr is not None)):
+            dlogits = dpi if dpi is not None and router is None else torch.empty(pi.shape)
+        dh = None if dx is None and da is None else torch.empty(tokens, h.shape[1])
         params = _C.RoutedLoraBwd()
         set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p)
         set_fields(

@@ -1,6 +1,6 @@
 """`routed_lora` on the Hopper kernels of `_C`; same arguments and results as the reference with Cuda arithmetic."""
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -28,9 +28,10 @@ def packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return w if w.data_ptr() % 16 == 0 else w.clone()
 
 
-@cache
+@lru_cache(maxsize=64)  # a scaling that follows a schedule has a new value every step
 def representable(value: float, dtype: torch.dtype) -> bool:
-    return torch.tensor(value, dtype=dtype).item() == value
+    """Whether the 16-bit dtype holds value exactly."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item() == value
 
 
 def routed_lora_fwd(
@@ -71,7 +72,7 @@ def routed_lora_fwd(
     eager = numerics == "eager"
     set_fields(
         params, stream=torch.cuda.current_stream(x.device).cuda_stream, eager=eager,
-        accumulate_into_residual=eager and accumulate_into_residual, scaling_exact=representable(scaling, E),
+        accumulate_into_residual=eager and accumulate_into_residual, scaling_exact=eager and representable(scaling, E),
         residual=residual, out=out,
     )  # fmt: skip
     if return_load:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _C
 from ..reference.arithmetic import token_chunk
 from .cuda import copyable, packed
-from .params import set_common, set_fields
+from .params import new_gradients, set_common, set_fields
 
 
 def routed_lora_bwd(
@@ -30,21 +30,7 @@ def routed_lora_bwd(
 ) -> tuple[Tensor | None, ...]:
     """The signature and returns of `reference.routed_lora_bwd.routed_lora_bwd`."""
     tokens = pi.shape[0]
-    owners = (x, lora_a, lora_b, router, pi, expert_scale)
-    need_x, need_a, need_b, need_router, need_weights, need_scale = (
-        need and owner is not None for need, owner in zip(needs, owners, strict=True)
-    )
-    allocate = torch.empty if tokens else torch.zeros  # nothing is launched for no tokens
-
-    def gradient(need: bool, owner: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        return allocate(owner.shape, dtype=dtype or owner.dtype, device=x.device) if need else None
-
-    dx, da, db, dr = (
-        gradient(need, owner)
-        for need, owner in ((need_x, x), (need_a, lora_a), (need_b, lora_b), (need_router, router))
-    )
-    dpi = gradient(need_weights, pi, torch.float32)
-    ds = gradient(need_scale, expert_scale, torch.float32)
+    dx, da, db, dr, dpi, ds = new_gradients(needs, x, lora_a, lora_b, router, pi, expert_scale)
     if tokens == 0:
         return dx, da, db, dr, dpi, None if ds is None else ds.to(expert_scale.dtype)
 

@@ -1,5 +1,7 @@
 """From tensors to the parameter structs of `_C`; the tensors must outlive the call."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -35,3 +37,18 @@ def set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, sca
             params, dropout=True, keep_scale=1 / (1 - dropout_p), drop_threshold=int(dropout_p * 2**32),
             seed=seed.data_ptr(),
         )  # fmt: skip
+
+
+def new_gradients(
+    needs: Sequence[bool], x: Tensor, lora_a: Tensor, lora_b: Tensor, router: Tensor | None, pi: Tensor,
+    expert_scale: Tensor | None,
+) -> list[Tensor | None]:  # fmt: skip
+    """Gradients to be written of those asked for, in their dtypes, d(pi) and d(expert_scale) in fp32, else None."""
+    allocate = torch.empty if len(pi) else torch.zeros  # nothing is launched for no tokens
+    owners = {"x": x, "lora_a": lora_a, "lora_b": lora_b, "router": router, "pi": pi, "expert_scale": expert_scale}
+    return [
+        allocate(owner.shape, dtype=torch.float32 if name in ("pi", "expert_scale") else owner.dtype, device=x.device)
+        if need and owner is not None
+        else None
+        for need, (name, owner) in zip(needs, owners.items(), strict=True)
+    ]

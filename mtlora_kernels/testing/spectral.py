@@ -78,7 +78,7 @@ def make_adapters(
     return Adapters((lora_b * (scale / d**0.5)).to(dtype), options)
 
 
-def _factors(impl: str, inputs: Matrices) -> dict[str, Tensor]:
+def factors(impl: str, inputs: Matrices) -> dict[str, Tensor]:
     return dict(zip("usv", batched_rsvd(inputs.a, **inputs.options, impl=impl), strict=True))
 
 
@@ -117,12 +117,12 @@ def _beyond(errors: dict[str, tuple[Tensor | float, float]]) -> list[str]:
 
 
 def rsvd_against_reference(impl: str, inputs: Matrices) -> list[str]:
-    return differences(_factors(impl, inputs), _factors("reference", inputs))
+    return differences(factors(impl, inputs), factors("reference", inputs))
 
 
 def rsvd_against_lapack(impl: str, inputs: Matrices) -> list[str]:
     """The exact case against float64 LAPACK, and orthonormal factors also in the null space."""
-    u, s, vh = (factor.double().cpu() for factor in _factors(impl, inputs).values())
+    u, s, vh = (factor.double().cpu() for factor in factors(impl, inputs).values())
     a = inputs.a.double().cpu()
     expected = torch.linalg.svdvals(a)
     largest = expected[:, 0].clamp(min=1e-300)
@@ -140,7 +140,7 @@ def rsvd_against_lapack(impl: str, inputs: Matrices) -> list[str]:
 
 def rsvd_against_best(impl: str, inputs: Matrices, *, allowed: float) -> list[str]:
     """A truncated decomposition: the Frobenius error over that of the best one of its rank, and its factors."""
-    u, s, vh = (factor.double().cpu() for factor in _factors(impl, inputs).values())
+    u, s, vh = (factor.double().cpu() for factor in factors(impl, inputs).values())
     a, rank = inputs.a.double().cpu(), inputs.options["rank"]
     best = torch.linalg.svdvals(a)[:, rank:].square().sum(1).sqrt()
     eye = torch.eye(rank, dtype=torch.float64)
@@ -158,10 +158,10 @@ def rsvd_alone(impl: str, inputs: Matrices) -> list[str]:
     """Each matrix, one of them NaN, gives in a batch the bits it gives alone; only the NaN one is NaN."""
     a = inputs.a.clone()
     a[1, 0, 0] = torch.nan
-    together = _factors(impl, Matrices(a, inputs.options))
+    together = factors(impl, Matrices(a, inputs.options))
     messages = []
     for i in range(len(a)):
-        alone = _factors(impl, Matrices(a[i : i + 1], inputs.options))
+        alone = factors(impl, Matrices(a[i : i + 1], inputs.options))
         expected = {name: factor[i : i + 1] for name, factor in together.items()}
         messages += [f"matrix {i}: {message}" for message in differences(alone, expected)]
         wrong = [name for name, factor in alone.items() if factor.isnan().any() != (i == 1)]

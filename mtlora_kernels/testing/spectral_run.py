@@ -8,7 +8,7 @@ import torch
 from .inputs import Draw
 from .rows import Check
 from .spectral import (
-    _factors,
+    factors,
     make_adapters,
     make_matrices,
     penalty_against_float64,
@@ -101,7 +101,7 @@ def _self_checks(kind_of_device: str) -> Iterator[Check]:
     options = {"rank": 4, "oversampling": 4}
     for shape in ((5, 300, 20), (4, 9, 100)):
         yield Check("rsvd", shape, torch.bfloat16, options, make_matrices, rsvd_alone, {"in": "batch"})
-    yield Check("rsvd", (5, 300, 20), torch.float32, options, make_matrices, partial(repeated, _factors))
+    yield Check("rsvd", (5, 300, 20), torch.float32, options, make_matrices, partial(repeated, factors))
     for kind in KINDS:
         shape, options = ADAPTERS[kind_of_device][0], {"kind": kind}
         yield Check("penalty", shape, torch.bfloat16, options, make_adapters, partial(repeated, penalty_results))

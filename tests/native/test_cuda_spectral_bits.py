@@ -79,6 +79,8 @@ def test_a_matrix_that_is_not_finite_is_nan_alone(value):
     a = randn(3, 40, 8)
     a[1, 3, 4] = value
     check_rsvd(a, 8, 8, 0)
+    for factor in cuda_spectral.batched_rsvd(a, 8, 8, 0, 7):
+        assert factor[1].isnan().all() and factor[[0, 2]].isfinite().all()
     for kind in KINDS:
         check_penalty(a[None], kind)
 
