@@ -71,6 +71,10 @@ def test_rank_8(shape):
     check(make_case(shape))
 
 
+def test_more_tiles_than_a_grid_counts():
+    check(make_case((65536 * 64 + 1, 64, 64, 16, 4, 1)))
+
+
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize(
     "options",
