@@ -163,14 +163,7 @@ void gram_partial(const View& a, int64_t batch, int64_t rows, int64_t cols, doub
     const GramArgs args{a.data,    a.stride[0], a.stride[1],
                         int(rows), int(cols),   int(cols <= kTile ? 1 : (cols + kTile - 1) / kTile),
                         partial};
-    switch (a.dtype) {
-        case DType::f32:
-            return start<float>(args, batch, stream);
-        case DType::bf16:
-            return start<bf16>(args, batch, stream);
-        case DType::f16:
-            return start<f16>(args, batch, stream);
-    }
+    for_dtype(a.dtype, [&](auto element) { start<decltype(element)>(args, batch, stream); });
 }
 
 }  // namespace mtlora::cuda

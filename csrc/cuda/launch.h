@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "common/routed_lora.h"
+#include "cuda/elements.cuh"
 
 namespace mtlora::cuda {
 
@@ -29,6 +30,19 @@ struct Dimension {
     int box;
 };
 CUtensorMap tensor_map(const void* data, DType dtype, std::initializer_list<Dimension> dimensions);
+
+// run(element) with an element of the dtype, whose type chooses a kernel.
+template <class Run>
+void for_dtype(DType dtype, Run run) {
+    switch (dtype) {
+        case DType::f32:
+            return run(float());
+        case DType::bf16:
+            return run(bf16());
+        case DType::f16:
+            return run(f16());
+    }
+}
 
 // One kernel with one parameter struct. `dependent` lets it start while the kernel before it in the stream still
 // runs, once that has called launch_dependents. More than one: `cluster` blocks along x form a cluster.

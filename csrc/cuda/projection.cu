@@ -156,14 +156,7 @@ int64_t projection_blocks(int64_t rows) {
 }
 
 void project(const Projection& p, void* stream) {
-    switch (p.dtype) {
-        case DType::f32:
-            return start<float>(p, stream);
-        case DType::bf16:
-            return start<bf16>(p, stream);
-        case DType::f16:
-            return start<f16>(p, stream);
-    }
+    for_dtype(p.dtype, [&](auto element) { start<decltype(element)>(p, stream); });
 }
 
 }  // namespace mtlora::cuda

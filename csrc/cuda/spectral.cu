@@ -206,18 +206,6 @@ Projection of_experts(const Spectral& p) {
     return q;
 }
 
-template <class Run>
-void for_dtype(DType dtype, Run run) {
-    switch (dtype) {
-        case DType::f32:
-            return run(float());
-        case DType::bf16:
-            return run(bf16());
-        case DType::f16:
-            return run(f16());
-    }
-}
-
 void loss_of(const SpectralPenaltyFwd& p, int64_t groups, int64_t count, double divisor, const double* sums) {
     launch<loss_kernel>("spectral_loss", dim3{1}, groups == 1 ? kWarp : 1024, int(groups) * int(sizeof(double)),
                         p.stream, false, LossArgs{sums, p.loss, int(groups), int(count), divisor});

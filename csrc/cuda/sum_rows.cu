@@ -46,17 +46,9 @@ void sum_rows(const void* rows, DType dtype, int64_t count, int n, float factor,
         const int64_t runs = (count + kRun - 1) / kRun;
         const SumArgs a{rows, runs == 1 ? sum : workspace, count, n, runs == 1 ? factor : 1.0f};
         const dim3 grid{unsigned(runs)};
-        switch (dtype) {
-            case DType::f32:
-                launch<sum_runs_kernel<float>>("sum_rows", grid, n, 0, stream, false, a);
-                break;
-            case DType::bf16:
-                launch<sum_runs_kernel<bf16>>("sum_rows", grid, n, 0, stream, false, a);
-                break;
-            case DType::f16:
-                launch<sum_runs_kernel<f16>>("sum_rows", grid, n, 0, stream, false, a);
-                break;
-        }
+        for_dtype(dtype, [&](auto element) {
+            launch<sum_runs_kernel<decltype(element)>>("sum_rows", grid, n, 0, stream, false, a);
+        });
         if (runs == 1) return;
         rows = workspace;
         dtype = DType::f32;
