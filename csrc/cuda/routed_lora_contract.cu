@@ -247,7 +247,9 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
 template <class E, int R>
 void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups, tiles = ceil_div(f.tokens, kTokens);
-    const int cluster = tiles >= 2 ? 2 : 1;  // 91 us; 122 us with 1, 154 us with 4 (H100, before B came in tiles)
+    const int cluster = tiles >= 4   ? 4
+                        : tiles >= 2 ? 2
+                                     : 1;  // 126 us with 4 (H100); 2 has not been timed since B is packed
     ContractArgs p = {};
     p.dout = tensor_map(f.dout.data, f.compute_dtype,
                         {{size, 1, kDepth}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});

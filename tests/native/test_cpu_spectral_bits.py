@@ -4,16 +4,17 @@ import hashlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import spectral_bits
 import torch
 
 _C = pytest.importorskip("mtlora_kernels._C", reason="the extension is not built")
 
 from mtlora_kernels.native import cpu_spectral  # noqa: E402
-from mtlora_kernels.reference import rsvd, spectral  # noqa: E402
-from mtlora_kernels.testing import assert_bitwise_equal, with_layout  # noqa: E402
+from mtlora_kernels.testing import with_layout  # noqa: E402
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # batch, m, n, rank, sketch, power iterations
@@ -34,21 +35,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def check_rsvd(a: torch.Tensor, *settings: int) -> None:
-    results = zip(cpu_spectral.batched_rsvd(a, *settings, 7), rsvd.batched_rsvd(a, *settings, 7), strict=True)
-    for name, (actual, expected) in zip("usv", results, strict=True):
-        assert_bitwise_equal(actual, expected, name)
-
-
-def check_penalty(lora_b: torch.Tensor, kind: str) -> None:
-    weights = spectral.spectral_weights(lora_b, kind)
-    assert_bitwise_equal(cpu_spectral.spectral_weights(lora_b, kind), weights, "weights")
-    expected = spectral.spectral_penalty_fwd(lora_b, weights, kind)
-    actual = cpu_spectral.spectral_penalty_fwd(lora_b, weights, kind)
-    for name, a, e in zip(("loss", "x", "c"), actual, expected, strict=True):
-        assert_bitwise_equal(a, e, name)
-    saved = (torch.tensor(1.7), lora_b, weights, *expected[1:], kind)
-    assert_bitwise_equal(cpu_spectral.spectral_penalty_bwd(*saved), spectral.spectral_penalty_bwd(*saved), "gradient")
+check_rsvd = partial(spectral_bits.check_rsvd, cpu_spectral)
+check_penalty = partial(spectral_bits.check_penalty, cpu_spectral)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,9 @@
 """The spectral CUDA kernels against the reference on the same GPU: every result equal to the last bit."""
 
+from functools import partial
+
 import pytest
+import spectral_bits
 import torch
 
 from mtlora_kernels import available_spectral_impls
@@ -9,8 +12,7 @@ if not torch.cuda.is_available() or "cuda" not in available_spectral_impls("cuda
     pytest.skip("no GPU, or no CUDA kernels for it", allow_module_level=True)
 
 from mtlora_kernels.native import cuda_spectral
-from mtlora_kernels.reference import rsvd, spectral
-from mtlora_kernels.testing import assert_bitwise_equal, with_layout
+from mtlora_kernels.testing import with_layout
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("pairwise", "gram")
@@ -32,21 +34,8 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
 
 
-def check_rsvd(a: torch.Tensor, *settings: int) -> None:
-    results = zip(cuda_spectral.batched_rsvd(a, *settings, 7), rsvd.batched_rsvd(a, *settings, 7), strict=True)
-    for name, (actual, expected) in zip("usv", results, strict=True):
-        assert_bitwise_equal(actual, expected, name)
-
-
-def check_penalty(lora_b: torch.Tensor, kind: str) -> None:
-    weights = spectral.spectral_weights(lora_b, kind)
-    assert_bitwise_equal(cuda_spectral.spectral_weights(lora_b, kind), weights, "weights")
-    expected = spectral.spectral_penalty_fwd(lora_b, weights, kind)
-    actual = cuda_spectral.spectral_penalty_fwd(lora_b, weights, kind)
-    for name, a, e in zip(("loss", "x", "c"), actual, expected, strict=True):
-        assert_bitwise_equal(a, e, name)
-    saved = (torch.tensor(1.7, device="cuda"), lora_b, weights, *expected[1:], kind)
-    assert_bitwise_equal(cuda_spectral.spectral_penalty_bwd(*saved), spectral.spectral_penalty_bwd(*saved), "gradient")
+check_rsvd = partial(spectral_bits.check_rsvd, cuda_spectral)
+check_penalty = partial(spectral_bits.check_penalty, cuda_spectral)
 
 
 @pytest.mark.parametrize("case", MATRICES, ids=str)
