@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..reference.routed_lora import output_dtype
+from ..reference.routed_lora import is_representable, output_dtype
 from .params import set_common, set_fields
 
 
@@ -28,10 +28,7 @@ def packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return w if w.data_ptr() % 16 == 0 else w.clone()
 
 
-@lru_cache(maxsize=64)  # a scaling that follows a schedule has a new value every step
-def representable(value: float, dtype: torch.dtype) -> bool:
-    """Whether the 16-bit dtype holds value exactly."""
-    return torch.tensor(value, dtype=dtype, device="cpu").item() == value
+representable = lru_cache(maxsize=64)(is_representable)  # a scaling that follows a schedule has a new value every step
 
 
 def routed_lora_fwd(

@@ -32,6 +32,11 @@ def inverse_count(tokens: int, num_groups: int) -> float:
     return 1 / (tokens * num_groups) if tokens else float("nan")
 
 
+def is_representable(value: float, dtype: torch.dtype) -> bool:
+    """Whether the dtype holds value exactly: a product by it rounds once in that dtype, as it does through fp32."""
+    return torch.tensor(value, dtype=dtype, device="cpu").item() == value
+
+
 def dropped(x: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """dropout(x) in x's dtype."""
     if dropout_p == 0:

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.arithmetic import next_power_of_two
-from ..reference.routed_lora import inverse_count, output_dtype, uses_group_form
+from ..reference.routed_lora import inverse_count, is_representable, output_dtype, uses_group_form
 from . import configs
 from .launch import Launch, ceil_div, plan
 from .primitives import (
@@ -269,7 +269,7 @@ def _mix_plan(
     return Launch(
         _expert_sum_kernel, (ceil_div(d_out, tile.columns), ceil_div(tokens, tile.rows), 1), tile,
         RP=max(16, rank_p), EAGER=numerics == "eager", INTO_RESIDUAL=into_residual,
-        SCALING_IN_E=torch.tensor(scaling, dtype=E).item() == scaling, ONE_GROUP=group_size % tile.columns == 0,
+        SCALING_IN_E=is_representable(scaling, E), ONE_GROUP=group_size % tile.columns == 0,
         BT=tile.rows, BO=tile.columns, **common,
     )  # fmt: skip
 
