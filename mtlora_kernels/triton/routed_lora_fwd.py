@@ -100,8 +100,9 @@ def _project_kernel(
         logits = tl.where(m_row[None, :], acc_l.to(E).to(tl.float32), float("-inf"))
         logits = tl.reshape(logits, [BT, GB, NP])
         e = exp(logits - tl.max(logits, 2)[:, :, None])
-        e = tl.where(tl.reshape(m_row, [1, GB, NP]), e, 0.0)
-        pi = tl.math.div_rn(e, tl.broadcast_to(tree_sum(e)[:, :, None], [BT, GB, NP]))
+        m_n = tl.reshape(m_row, [1, GB, NP])
+        total = tl.broadcast_to(tree_sum(tl.where(m_n, e, 0.0))[:, :, None], [BT, GB, NP])
+        pi = tl.math.div_rn(tl.where(m_n, e, 1.0), total)  # a zero numerator takes the division's slow path
         pi_at = pi_ptr + o_t.to(tl.int64)[:, None] * (G * N) + (i_g * N + o_c % NP)[None, :]
         tl.store(pi_at, tl.reshape(pi, [BT, GB * NP]).to(E), m_t & m_row[None, :])
 
