@@ -71,7 +71,7 @@ def run(
 ) -> int:
     """Exit status 0, or 1 if losses differ that have to be equal. impls is by default the fastest one."""
     shape = LLAMA_7B if device.type == "cuda" and not quick else SMALL
-    report = ModelReport(shape, device)
+    report = ModelReport(shape, device, folder if save else None)
     model = build(shape, device)
     ids = torch.randint(shape.config["vocab_size"], (shape.batch, shape.length), device=device)
     for _ in range(WARM_UP_STEPS):
@@ -80,7 +80,7 @@ def run(
     for layout in shape.layouts:
         for contender in model_contenders(impls or default_impls(device)[-1:]):
             measure(report, contender, layout, model, ids)
-    return report.finish(folder if save else None)
+    return report.finish()
 
 
 def measure(

@@ -68,14 +68,14 @@ def test_running_out_of_memory_is_a_row(monkeypatch, capsys):
     big = model_contenders.ModelContender("big", attach)
     monkeypatch.setattr(model, "model_contenders", lambda impls: [big])
     assert model.run(CPU, save=False) == 0
-    assert capsys.readouterr().out.count("out of memory") == 3 * 2  # every measure in both places
+    assert capsys.readouterr().out.count("does not fit") == 3 * 2  # every measure in both places
 
 
 def test_unequal_losses_fail(capsys):
-    report = model_report.ModelReport(model.SMALL, CPU)
+    report = model_report.ModelReport(model.SMALL, CPU, None)
     for loss in ("1.0", "1.5"):
         report.rows.append({"placement": "block ffn", "exact": True, "loss": loss})
-    assert report.finish(None) == 1
+    assert report.finish() == 1
     assert "LOSSES DIFFER" in capsys.readouterr().out
 
 
