@@ -8,6 +8,7 @@ from torch import Tensor
 from . import eager
 from .dispatch import resolve
 from .limits import Call
+from .memo import Memo
 from .reference.routed_lora import output_dtype
 from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
 
@@ -70,7 +71,67 @@ def routed_lora(
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was launched.
         RuntimeError: on a second derivative.
     """
-    b = stacked_experts(lora_b)
+    b = lora_b if isinstance(lora_b, Tensor) else stacked_experts(lora_b)
+    tensors = x, lora_a, b, router, residual, expert_scale, route_weights
+    options = num_groups, numerics, activation, dropout_p, accumulate_into_residual, impl
+    key = settled = None
+    if not torch.compiler.is_compiling():
+        try:
+            dtype = compute_dtype or _default_dtype(x)
+            key = (*options, dtype, type(scaling), *[t if t is None else (t.dtype, t.shape, t.device) for t in tensors])
+            settled = _settled.get(key)
+        except (AttributeError, TypeError):  # not a tensor, or a tracer's symbolic size, which has no hash
+            key = None
+    if settled is None:
+        settled = _settle(tensors, scaling, *options, compute_dtype)
+        if key is not None:
+            _settled.keep(key, settled)
+    chosen, dtype = settled
+    leading, d_out, flat = x.shape[:-1], b.shape[1], x.dim() == 2
+    out, load = eager.routed_lora(
+        x if flat else x.reshape(-1, x.shape[-1]),
+        lora_a,
+        b,
+        router,
+        None if route_weights is None else token_route_weights(route_weights, x),
+        residual if flat or residual is None else residual.reshape(-1, d_out),
+        expert_scale,
+        seed_tensor(dropout_seed, x) if dropout_p > 0 else None,
+        float(scaling),
+        num_groups,
+        numerics,
+        activation,
+        float(dropout_p),
+        dtype,
+        accumulate_into_residual,
+        return_load,
+        chosen,
+    )
+    out = out if flat else out.view(*leading, d_out)
+    return (out, load) if return_load else out
+
+
+_settled: Memo[tuple[str, torch.dtype]] = Memo()  # by everything that `_settle` looks at
+
+
+def _default_dtype(x: Tensor) -> torch.dtype:
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def _settle(
+    tensors: tuple[Tensor | None, ...],
+    scaling: float,
+    num_groups: int,
+    numerics: str,
+    activation: str | None,
+    dropout_p: float,
+    accumulate_into_residual: bool,
+    impl: str | None,
+    compute_dtype: torch.dtype | None,
+) -> tuple[str, torch.dtype]:
+    """The implementation and the compute dtype of a call whose arguments fit each other, or an error."""
+    x, lora_a, b, router, residual, expert_scale, route_weights = tensors
     check_routed_lora(
         x,
         lora_a,
@@ -87,12 +148,10 @@ def routed_lora(
         accumulate_into_residual=accumulate_into_residual,
     )
     if compute_dtype is None:
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        compute_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
+        compute_dtype = _default_dtype(x)
     if compute_dtype not in COMPUTE_DTYPES:
         raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
-    leading, (experts, d_out, rank), flat = x.shape[:-1], b.shape, x.dim() == 2
+    experts, d_out, rank = b.shape
     call = Call(
         compute_dtype=compute_dtype,
         x_dtype=x.dtype,
@@ -105,27 +164,7 @@ def routed_lora(
         eager=numerics == "eager",
         dropout=dropout_p > 0,
     )
-    out, load = eager.routed_lora(
-        x if flat else x.reshape(-1, x.shape[-1]),
-        lora_a,
-        b,
-        router,
-        None if route_weights is None else token_route_weights(route_weights, x),
-        residual if flat or residual is None else residual.reshape(-1, d_out),
-        expert_scale,
-        seed_tensor(dropout_seed, x) if dropout_p > 0 else None,
-        float(scaling),
-        num_groups,
-        numerics,
-        activation,
-        float(dropout_p),
-        compute_dtype,
-        accumulate_into_residual,
-        return_load,
-        resolve(impl, x.device, call),
-    )
-    out = out if flat else out.view(*leading, d_out)
-    return (out, load) if return_load else out
+    return resolve(impl, x.device, call), compute_dtype
 
 
 def balance_loss(load: Tensor) -> Tensor:
