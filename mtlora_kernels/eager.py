@@ -52,8 +52,14 @@ class _RoutedLora(torch.autograd.Function):
         return ops.gradients(ctx, dout, dload, _backward)
 
 
+# Function.apply is this after a look at every argument for what a functorch transform may have left: 15 % of a call.
+_apply = super(torch.autograd.Function, _RoutedLora).apply
+
+
 def routed_lora(*inputs) -> tuple[Tensor, Tensor]:
     """(out, load) of the operator routed_lora_fwd, differentiable."""
     if torch.compiler.is_compiling():
         return _forward_op(*inputs)[:2]
-    return _RoutedLora.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)[:2]
+    if not torch.is_grad_enabled():
+        return _forward(*inputs)[:2]
+    return (_RoutedLora.apply if torch._C._are_functorch_transforms_active() else _apply)(*inputs)
