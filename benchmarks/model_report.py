@@ -38,13 +38,13 @@ class ModelReport:
     @contextmanager
     def row(self, contender: ModelContender, layout: Layout, measure: str) -> Iterator[Callable]:
         """Yields what records one measurement. Running out of memory is a result too."""
+        if self.device.type == "cuda":  # here, where the frames of an earlier exception are gone
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             yield lambda *args, **kwargs: self._record(contender, layout, measure, *args, **kwargs)
         except torch.OutOfMemoryError:
             self._keep(contender, layout, measure, note="does not fit")
-        if self.device.type == "cuda":  # after the exception and its frames are gone
-            gc.collect()
-            torch.cuda.empty_cache()
 
     def _record(
         self,

@@ -89,6 +89,7 @@ def routed_lora(
     chosen, dtype = settled
     leading, d_out, flat = x.shape[:-1], b.shape[1], x.dim() == 2
     out, load = eager.routed_lora(
+        x,
         x if flat else x.reshape(-1, x.shape[-1]),
         lora_a,
         b,
@@ -115,7 +116,7 @@ _settled: Memo[tuple[str, torch.dtype]] = Memo()  # by everything that `_settle`
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:
-    kind = x.device.type
+    kind = "cuda" if x.is_cuda else x.device.type  # the second takes longer
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 

@@ -85,19 +85,32 @@ def _routed_lora_bwd_fake(
 
 
 def setup_context(ctx, inputs, output) -> None:
-    x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling = inputs[:9]
-    out, _, h, pi = output
+    ctx.save_for_backward(*needed(inputs, output))
+    remember_rest(ctx, inputs, output[0])
+
+
+def needed(inputs, output) -> tuple[Tensor | None, ...]:
+    """The tensors of a call that its backward needs: x, A, B, router, h, pi, expert_scale, seed."""
+    x, lora_a, lora_b, router, _, _, expert_scale, seed = inputs[:8]
+    return x, lora_a, lora_b, router, *output[2:], expert_scale, seed
+
+
+def remember_rest(ctx, inputs, out: Tensor) -> None:
+    """What backward needs besides the saved tensors."""
+    route_weights, residual = inputs[4:6]
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, lora_a, lora_b, router, h, pi, expert_scale, seed)
     ctx.out_shape = out.shape
     ctx.route_dtype = None if route_weights is None else route_weights.dtype
     ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.scalars = (scaling, *inputs[11:13])  # activation, dropout_p
-    ctx.return_load, ctx.impl = inputs[15:]
+    ctx.scalars = (inputs[8], *inputs[11:13])  # scaling, activation, dropout_p
+    ctx.return_load, ctx.impl = inputs[15:17]
 
 
-def gradients(ctx, dout: Tensor | None, dload: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
-    """Of every input of the forward operator; backward is its backward operator, or what stands for it."""
+def gradients(
+    ctx, dout: Tensor | None, dload: Tensor | None, backward: Callable, saved: Callable[[], tuple]
+) -> tuple[Tensor | None, ...]:
+    """Of every input of the forward operator; backward is its backward operator, or what stands for it, and saved
+    gives the tensors that are `needed`."""
     need_residual = ctx.needs_input_grad[5]
     needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]]
     if not ctx.return_load:
@@ -106,7 +119,7 @@ def gradients(ctx, dout: Tensor | None, dload: Tensor | None, backward: Callable
     if need_residual and dout is not None:
         dresidual = dout.to(ctx.residual_dtype)
     if any(needs) and not (dout is None and dload is None):
-        x, lora_a, lora_b, router, h, pi, expert_scale, seed = ctx.saved_tensors
+        x, lora_a, lora_b, router, h, pi, expert_scale, seed = saved()
         if dout is None:
             dout = h.new_zeros(1).expand(ctx.out_shape)
         results = backward(
@@ -119,7 +132,7 @@ def gradients(ctx, dout: Tensor | None, dload: Tensor | None, backward: Callable
 
 
 def _autograd_backward(ctx, dout, dload, _dh, _dpi):
-    return gradients(ctx, dout, dload, torch.ops.mtlora_kernels.routed_lora_bwd)
+    return gradients(ctx, dout, dload, torch.ops.mtlora_kernels.routed_lora_bwd, lambda: ctx.saved_tensors)
 
 
 def _no_double_backward(ctx, *grads):

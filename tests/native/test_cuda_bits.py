@@ -98,6 +98,17 @@ def test_layouts(name, layout):
     check(case | {name: with_layout(case[name], layout)})
 
 
+def test_layouts_that_follow_each_other():
+    """What is remembered of a kind of call is not taken for another's, nor for one that starts elsewhere."""
+    case = make_case(SMALL)
+    for layout in ("offset", "sliced", "transposed"):
+        for name in ("x", "residual", "lora_b"):
+            check(case)
+            check(case | {name: with_layout(case[name], layout)})
+    for change in ({"scaling": 3.0}, {"activation": "relu"}, {"return_load": True}, {"numerics": "eager"}):
+        check(case | change)
+
+
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), 3e38, 1e-40], ids=str)
 @pytest.mark.parametrize("name", ["x", "lora_b", "router", "residual"])
