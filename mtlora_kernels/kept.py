@@ -47,12 +47,14 @@ class Kept:
 
     @staticmethod
     def serves(keeper: object | None, tensors: tuple[Tensor | None, ...]) -> bool:
-        """Parameters stay where they are in any case; a tensor that was computed from them is for autograd to hold."""
+        """Parameters and views of them take no memory; what was computed from them is for autograd to hold."""
         if keeper is None:
             return False
         x, a, b, router, h, pi, scale, _ = tensors
         small = (h.numel() + pi.numel()) * MOST <= x.numel()
-        return small and all(w is None or w.is_leaf for w in (a, b, router, scale))
+        return small and all(
+            w is None or w.is_leaf or (w._is_view() and w._base.is_leaf) for w in (a, b, router, scale)
+        )
 
     def __call__(self) -> tuple[Tensor | None, ...]:
         (x,) = self.keeper.saved_tensors

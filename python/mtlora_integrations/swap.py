@@ -66,7 +66,7 @@ def swap_in(model: nn.Module, numerics: str = "fp32", impl: str | None = None, s
         vars(module).pop("forward", None)
         module.__class__ = swapped_class(host, kind, numerics, impl, strict)
         report.shared_bytes += module.share_experts()
-        if kind is published.BlockAdapter:
+        if name and kind is published.BlockAdapter:
             _keep_input_of(model.get_submodule(name.rpartition(".")[0]))
         report.swapped[name] = _description(module)
     return report
