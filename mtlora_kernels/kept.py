@@ -51,10 +51,9 @@ class Kept:
         if keeper is None:
             return False
         x, a, b, router, h, pi, scale, _ = tensors
+        weights = [w for w in (a, b, router, scale) if w is not None]
         small = (h.numel() + pi.numel()) * MOST <= x.numel()
-        return small and all(
-            w is None or w.is_leaf or (w._is_view() and w._base.is_leaf) for w in (a, b, router, scale)
-        )
+        return small and all(w.is_leaf or (w._is_view() and w._base.is_leaf) for w in weights)
 
     def __call__(self) -> tuple[Tensor | None, ...]:
         (x,) = self.keeper.saved_tensors
