@@ -65,7 +65,8 @@ _apply = super(torch.autograd.Function, _RoutedLora).apply
 
 
 def routed_lora(given: Tensor, *inputs) -> tuple[Tensor, Tensor]:
-    """(out, load) of the operator routed_lora_fwd, differentiable; given is x before it was flattened to tokens."""
+    """(out, load) of the operator routed_lora_fwd, differentiable; what load is without return_load is left open.
+    given is x before it was flattened to tokens."""
     if torch.compiler.is_compiling():
         return _forward_op(*inputs)[:2]
     if not torch.is_grad_enabled():

@@ -35,6 +35,7 @@ def run_forward(
     x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling, num_groups, numerics,
     activation, dropout_p, compute_dtype, accumulate_into_residual, return_load, impl,
 ):  # fmt: skip
+    """out, load, h and pi of an implementation, load None if it was not asked for."""
     forward, _ = routed_lora_kernels(impl)
     with on_device(x):
         return forward(
@@ -42,6 +43,11 @@ def run_forward(
             num_groups=num_groups, numerics=numerics, activation=activation, dropout_p=dropout_p,
             compute_dtype=compute_dtype, accumulate_into_residual=accumulate_into_residual, return_load=return_load,
         )  # fmt: skip
+
+
+def _routed_lora_fwd(x, *inputs):
+    out, load, h, pi = run_forward(x, *inputs)
+    return out, x.new_empty(0, dtype=acc_dtype(h.dtype)) if load is None else load, h, pi
 
 
 def _routed_lora_fwd_fake(
@@ -142,7 +148,7 @@ def _no_double_backward(ctx, *grads):
 
 
 for _key in ("CPU", "CUDA"):
-    _lib.impl("routed_lora_fwd", run_forward, _key)
+    _lib.impl("routed_lora_fwd", _routed_lora_fwd, _key)
     _lib.impl("routed_lora_bwd", _routed_lora_bwd, _key)
 torch.library.register_fake("mtlora_kernels::routed_lora_fwd", _routed_lora_fwd_fake, lib=_lib)
 torch.library.register_fake("mtlora_kernels::routed_lora_bwd", _routed_lora_bwd_fake, lib=_lib)

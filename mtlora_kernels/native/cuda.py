@@ -59,12 +59,12 @@ def routed_lora_fwd(
         pi = route_weights.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     else:
         pi = (x.new_ones if router is None else x.new_empty)(tokens, num_groups, experts)
-    load = x.new_empty(experts if return_load else 0, dtype=torch.float32)
+    load = x.new_empty(experts, dtype=torch.float32) if return_load else None
     if tokens == 0:
-        return out, load.fill_(float("nan")), h, pi
-    sums = (load, load.new_empty(_C.sum_rows_workspace(tokens * num_groups, experts))) if return_load else (None, None)
+        return out, load.fill_(float("nan")) if return_load else None, h, pi
+    partial = load.new_empty(_C.sum_rows_workspace(tokens * num_groups, experts)) if return_load else None
     _launch(
-        (x, residual, lora_a, lora_b, router, expert_scale), (out, h, pi, *sums),
+        (x, residual, lora_a, lora_b, router, expert_scale), (out, h, pi, load, partial),
         (scaling, activation, numerics == "eager", accumulate_into_residual),
     )  # fmt: skip
     return out, load, h, pi

@@ -303,7 +303,7 @@ def routed_lora_fwd(
         pi = route_weights.to(E, copy=True, memory_format=torch.contiguous_format)
     else:
         pi = (x.new_ones if router is None else x.new_empty)(tokens, num_groups, experts, dtype=E)
-    load = x.new_empty(0, dtype=torch.float32)
+    load = None
     if tokens:
         project = _project_plan(
             tokens, d_in, x.stride(), rank, experts, num_groups, E is torch.float32,
