@@ -16,7 +16,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        return x.view_as(x)
+        return x.detach()  # the same memory, but no view to autograd: the block may still change it in place
 
     @staticmethod
     def backward(ctx, grad):

@@ -13,15 +13,15 @@ WIDTH = 64
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.runs = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH), 0
+        self.up, self.down = nn.Linear(WIDTH, 96), nn.Linear(96, WIDTH)
 
     def forward(self, hidden_states):
         return self.down(self.up(hidden_states).relu())
 
 
-def adapted(**options):
+def adapted(block=Block, **options):
     torch.manual_seed(0)
-    model = nn.ModuleDict({"block": Block()})
+    model = nn.ModuleDict({"block": block()})
     adapter = mk.nn.attach_block_adapters(model, ["block"], WIDTH, 2, 2, freeze_base=True, **options)["block"]
     nn.init.normal_(adapter.lora_B)
     adapter.runs = []
@@ -99,6 +99,19 @@ def test_an_input_changed_in_place_raises():
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+def test_a_block_may_change_its_input_in_place():
+    class InPlace(Block):
+        def forward(self, hidden_states):
+            return self.down(self.up(hidden_states.relu_()))
+
+    block, adapter = adapted(InPlace)
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    got = gradients(lambda x: block(x * 1), block, x)
+    expected = gradients(lambda x: adapter(x.relu(), block.down(block.up(x.relu()))), block, x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_no_second_derivative():
