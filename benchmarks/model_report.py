@@ -56,7 +56,7 @@ class ModelReport:
         loss: float | None = None,
     ) -> None:
         base = [row for row in self.rows if (row["contender"], row["measure"]) == (BASE.name, measure)]
-        over = time.p50 / float(base[0]["p50_us"]) - 1 if base else None
+        over = time.p50 / float(base[-1]["p50_us"]) - 1 if base and contender is not BASE else None
         self._keep(
             contender,
             layout,

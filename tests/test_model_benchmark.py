@@ -33,7 +33,7 @@ def test_writes_rows_of_every_field(tmp_path):
     with (tmp_path / "model.csv").open() as file:
         assert tuple(next(csv.reader(file))) == MODEL_FIELDS
     rows = load(tmp_path / "model.csv")
-    assert len(rows) == 2 * 3 * (1 + 2 * (2 + 2 * 3))  # runs, measures, base, rivals and ours twice in two places
+    assert len(rows) == 2 * 3 * 2 * (1 + 2 + 2 * 3)  # runs, measures, places, base, rivals and ours twice
     assert {row["impl"] for row in rows} == {"", "reference", "cpu"}
     assert {row["placement"] for row in rows} == {"", "block ffn", "q, v"}
     assert all((row["over_base"] == "") == (row["contender"] == BASE.name) for row in rows)
