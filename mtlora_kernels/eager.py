@@ -8,12 +8,12 @@ subclasses get the operators.
 import torch
 from torch import Tensor
 
-from . import ops
-from .kept import Kept, keeper_of
+from . import autograd, ops
+from .kept import PLAIN, Kept, keeper_of
 
 _forward_op = torch.ops.mtlora_kernels.routed_lora_fwd.default
 _backward_op = torch.ops.mtlora_kernels.routed_lora_bwd.default
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (*PLAIN, type(None))
 
 
 def nobody_listens(tensors: tuple[Tensor | None, ...], x: Tensor) -> bool:
@@ -46,18 +46,18 @@ class _RoutedLora(torch.autograd.Function):
     def forward(ctx, *inputs):  # of the operator, and the node of a kept x or None
         *inputs, keeper = inputs
         output = _forward(*inputs)
-        tensors = ops.needed(inputs, output)
+        tensors = autograd.needed(inputs, output)
         if Kept.serves(keeper, tensors):
             ctx.saved = Kept(keeper, tensors)
         else:
             ctx.saved = None
             ctx.save_for_backward(*tensors)
-        ops.remember_rest(ctx, inputs, output[0])
+        autograd.remember_rest(ctx, inputs, output[0])
         return output[:2]
 
     @staticmethod
     def backward(ctx, dout, dload):
-        return *ops.gradients(ctx, dout, dload, _backward, ctx.saved or (lambda: ctx.saved_tensors)), None
+        return *autograd.gradients(ctx, dout, dload, _backward, ctx.saved or (lambda: ctx.saved_tensors)), None
 
 
 # Function.apply is this after a look at every argument for what a functorch transform may have left: 15 % of a call.

@@ -6,11 +6,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .dispatch import resolve
-from .limits import Call
-from .memo import Memo
-from .reference.routed_lora import output_dtype
-from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
+from .settle import settled
+from .validation import seed_tensor, stacked_experts, token_route_weights
 
 
 def routed_lora(
@@ -72,21 +69,10 @@ def routed_lora(
         RuntimeError: on a second derivative.
     """
     b = lora_b if isinstance(lora_b, Tensor) else stacked_experts(lora_b)
-    tensors = x, lora_a, b, router, residual, expert_scale, route_weights
-    options = num_groups, numerics, activation, dropout_p, accumulate_into_residual, impl
-    key = settled = None
-    if not torch.compiler.is_compiling():
-        try:
-            dtype = compute_dtype or _default_dtype(x)
-            key = (*options, dtype, type(scaling), *[t if t is None else (t.dtype, t.shape, t.device) for t in tensors])
-            settled = _settled.get(key)
-        except (AttributeError, TypeError):  # not a tensor, or a tracer's symbolic size, which has no hash
-            key = None
-    if settled is None:
-        settled = _settle(tensors, scaling, *options, compute_dtype)
-        if key is not None:
-            _settled.keep(key, settled)
-    chosen, dtype = settled
+    chosen, dtype = settled(
+        (x, lora_a, b, router, residual, expert_scale, route_weights), scaling, num_groups, numerics, activation,
+        dropout_p, accumulate_into_residual, impl, compute_dtype,
+    )  # fmt: skip
     leading, d_out, flat = x.shape[:-1], b.shape[1], x.dim() == 2
     out, load = eager.routed_lora(
         x,
@@ -110,62 +96,6 @@ def routed_lora(
     )
     out = out if flat else out.view(*leading, d_out)
     return (out, load) if return_load else out
-
-
-_settled: Memo[tuple[str, torch.dtype]] = Memo()  # by everything that `_settle` looks at
-
-
-def _default_dtype(x: Tensor) -> torch.dtype:
-    kind = "cuda" if x.is_cuda else x.device.type  # the second takes longer
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
-
-def _settle(
-    tensors: tuple[Tensor | None, ...],
-    scaling: float,
-    num_groups: int,
-    numerics: str,
-    activation: str | None,
-    dropout_p: float,
-    accumulate_into_residual: bool,
-    impl: str | None,
-    compute_dtype: torch.dtype | None,
-) -> tuple[str, torch.dtype]:
-    """The implementation and the compute dtype of a call whose arguments fit each other, or an error."""
-    x, lora_a, b, router, residual, expert_scale, route_weights = tensors
-    check_routed_lora(
-        x,
-        lora_a,
-        b,
-        router,
-        residual,
-        scaling=scaling,
-        num_groups=num_groups,
-        numerics=numerics,
-        activation=activation,
-        expert_scale=expert_scale,
-        dropout_p=dropout_p,
-        route_weights=route_weights,
-        accumulate_into_residual=accumulate_into_residual,
-    )
-    if compute_dtype is None:
-        compute_dtype = _default_dtype(x)
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
-    experts, d_out, rank = b.shape
-    call = Call(
-        compute_dtype=compute_dtype,
-        x_dtype=x.dtype,
-        out_dtype=output_dtype(residual, compute_dtype),
-        d_in=x.shape[-1],
-        d_out=d_out,
-        rank=rank,
-        experts=experts,
-        groups=num_groups,
-        eager=numerics == "eager",
-        dropout=dropout_p > 0,
-    )
-    return resolve(impl, x.device, call), compute_dtype
 
 
 def balance_loss(load: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 PLAIN = (Tensor, torch.nn.Parameter)
-MOST = 8  # h and pi are held past the checkpoint where x is this many times larger: for the sake of memory no more
+SMALLER = 8  # than x: h and pi are held past the checkpoint, which is there to save memory, only where they are small
 
 
 class _Keep(torch.autograd.Function):
@@ -39,7 +39,7 @@ def keeper_of(x: Tensor) -> object | None:
 
 
 class Kept:
-    """What `ops.needed` names: x from its keeper, the rest held here, so that no tensor is saved after the block."""
+    """What `autograd.needed` names: x from its keeper, the rest held here; no tensor is saved after the block."""
 
     def __init__(self, keeper: object, tensors: tuple[Tensor | None, ...]) -> None:
         self.keeper, (_, *self.rest) = keeper, tensors
@@ -52,7 +52,7 @@ class Kept:
             return False
         x, a, b, router, h, pi, scale, _ = tensors
         weights = [w for w in (a, b, router, scale) if w is not None]
-        small = (h.numel() + pi.numel()) * MOST <= x.numel()
+        small = (h.numel() + pi.numel()) * SMALLER <= x.numel()
         return small and all(w.is_leaf or (w._is_view() and w._base.is_leaf) for w in weights)
 
     def __call__(self) -> tuple[Tensor | None, ...]:
