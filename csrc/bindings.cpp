@@ -60,8 +60,8 @@ View view(uintptr_t data, int dtype, const py::tuple& strides) {
 }
 
 #ifdef MTLORA_CUDA
-// plan: the parameters that a kind of call shares. addresses: of x, residual, lora_a, lora_b, router, expert_scale, out,
-// h, pi, load and workspace in this call, 0 for what is absent.
+// plan: the parameters that a kind of call shares. addresses: of x, residual, lora_a, lora_b, router, expert_scale,
+// out, h, pi, load and workspace in this call, 0 for what is absent.
 void routed_lora_fwd_cuda(const RoutedLoraFwd& plan, uintptr_t stream, const std::array<uintptr_t, 11>& addresses) {
     RoutedLoraFwd f = plan;
     f.stream = pointer<void>(stream);
