@@ -298,13 +298,13 @@ def routed_lora_fwd(
     E, (tokens, d_in), (experts, d_out, rank) = compute_dtype, x.shape, lora_b.shape
     a, b, router = operand(lora_a, E), operand(lora_b, E), operand(router, E)
     expert_scale = operand(expert_scale, E)
-    h = x.new_empty((tokens, rank), dtype=E)
-    out = x.new_empty((tokens, d_out), dtype=output_dtype(residual, E))
+    h = x.new_empty(tokens, rank, dtype=E)
+    out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, E))
     if route_weights is not None:
         pi = route_weights.to(E, copy=True, memory_format=torch.contiguous_format)
     else:
-        pi = (x.new_ones if router is None else x.new_empty)((tokens, num_groups, experts), dtype=E)
-    load = x.new_empty(0, dtype=torch.float32)
+        pi = (x.new_ones if router is None else x.new_empty)(tokens, num_groups, experts, dtype=E)
+    load = None
     if tokens:
         project = _project_plan(
             tokens, d_in, x.stride(), rank, experts, num_groups, E is torch.float32,
