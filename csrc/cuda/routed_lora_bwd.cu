@@ -103,6 +103,9 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     w.b_tiles = carver.take(needs_dw || needs_rows,
                             f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
     w.pi_tiles = carver.take(f.dlora_b.data, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
+    const int64_t sums = std::max(f.dlora_b.data ? f.experts * f.rank * f.d_out : 0,
+                                  f.dlora_a.data || f.drouter.data ? row_width(f) * f.d_in : 0);
+    w.chunk_sums = static_cast<float*>(carver.take(sums > 0, ceil_div(f.tokens, f.token_chunk) * sums * 4));
     w.sums = static_cast<float*>(carver.take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;
 }

@@ -10,12 +10,13 @@ namespace mtlora::cuda {
 
 // Workspaces; absent where no gradient asked for reads them.
 struct Buffers {
-    float* dw;       // [T, G, N]; pi d(w) after `route` where d(expert_scale) is asked for
-    float* dh;       // [blocks of 128 columns, T, rank]
-    void* rows;      // [T, row_pitch]: d(h), zeros up to padded_rank, d(logits)
-    void* b_tiles;   // [G, steps of 64 outputs, weight_blocks]: 64 outputs by 128 columns, as wgmma reads them
-    void* pi_tiles;  // [G, tiles of 64 tokens, tile_experts, 64]
-    float* sums;     // partial sums of d(expert_scale)
+    float* dw;          // [T, G, N]; pi d(w) after `route` where d(expert_scale) is asked for
+    float* dh;          // [blocks of 128 columns, T, rank]
+    void* rows;         // [T, row_pitch]: d(h), zeros up to padded_rank, d(logits)
+    void* b_tiles;      // [G, steps of 64 outputs, weight_blocks]: 64 outputs by 128 columns, as wgmma reads them
+    void* pi_tiles;     // [G, tiles of 64 tokens, tile_experts, 64]
+    float* chunk_sums;  // [chunks of tokens, columns, features] of d(lora_b), then of the rows' product
+    float* sums;        // partial sums of d(expert_scale)
 };
 
 constexpr int kWeightTileBytes = 64 * 128 * 2;
@@ -30,6 +31,10 @@ void grad_x(const RoutedLoraBwd& f, const Buffers& w);     // from the rows, A a
 // Columns of d(h) in a row: a step of wgmma at least.
 inline int padded_rank(const RoutedLoraBwd& f) {
     return f.rank < 16 ? 16 : int(f.rank);
+}
+// Columns of a row up to the last of d(logits).
+inline int row_width(const RoutedLoraBwd& f) {
+    return f.router.data ? padded_rank(f) + int(f.groups * f.experts) : int(f.rank);
 }
 // 16 bytes aligned, as TMA wants it.
 inline int64_t row_pitch(const RoutedLoraBwd& f) {
