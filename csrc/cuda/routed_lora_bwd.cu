@@ -99,13 +99,12 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     Buffers w;
     w.dw = static_cast<float*>(carver.take(needs_dw, pairs * f.experts * 4));
     w.dh = static_cast<float*>(carver.take(needs_rows, blocks * f.tokens * f.rank * 4));
+    w.chunk_sums = static_cast<float*>(carver.take(chunk_sums(f) > 0, chunk_sums(f) * 4));
     w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
+    if (w.rows) w.rows = static_cast<char*>(w.rows) + (64 - padded_rank(f)) * 2;  // the end of the first line
     w.b_tiles = carver.take(needs_dw || needs_rows,
                             f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
     w.pi_tiles = carver.take(f.dlora_b.data, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
-    const int64_t sums = std::max(f.dlora_b.data ? f.experts * f.rank * f.d_out : 0,
-                                  f.dlora_a.data || f.drouter.data ? row_width(f) * f.d_in : 0);
-    w.chunk_sums = static_cast<float*>(carver.take(sums > 0, ceil_div(f.tokens, f.token_chunk) * sums * 4));
     w.sums = static_cast<float*>(carver.take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;
 }
@@ -159,8 +158,8 @@ void routed_lora_bwd(const RoutedLoraBwd& f) {
         route(f, w);
     }
     if (f.dlora_b.data) grad_b(f, w);
-    if (f.dx.data) grad_x(f, w);
     if (f.dlora_a.data || f.drouter.data) grad_rows(f, w);
+    if (f.dx.data) grad_x(f, w);  // last: what it writes leaves L2 while others read
     if (f.dexpert_scale.data) {
         sum_rows(w.dw, DType::f32, f.tokens * f.groups, int(f.experts), f.scaling,
                  static_cast<float*>(f.dexpert_scale.data), w.sums, f.stream);

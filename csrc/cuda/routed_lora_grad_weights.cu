@@ -1,14 +1,13 @@
 // grad_b and grad_rows: products whose K is all tokens, d(B_flat[g]) = scaling * dout_g^T z_g and
 // [d(A); d(R)] = [d(h) | d(logits)]^T x.
 //
-// Both are computed transposed: rows of the product are the narrow operand's columns, which reach wgmma through
-// registers (z is never stored), its columns are outputs or input features, which stay as TMA left them. A block owns
-// 128 features, up to 256 columns and one chunk of tokens; each of its warpgroups multiplies 64 columns, and builds its
-// next operand while the others keep the tensor cores busy. The sums of the chunks go through L2 to `add_chunks`.
+// Both are computed transposed: rows of the product are the narrow operand's columns, its columns are outputs or input
+// features, which stay as TMA left them. z reaches wgmma through registers and is never stored. A block owns 128
+// features, some 300 columns and one chunk of tokens. The sums of the chunks go through L2 to `add_chunks`: as a
+// cluster they could add through shared memory, but 32 clusters of 4 do not fit the GPU at once, and ran as two waves.
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <cstdlib>
 
 #include "cuda/cluster.cuh"
 #include "cuda/elements.cuh"
@@ -24,16 +23,16 @@ constexpr int kTokens = 64;  // a step
 constexpr int kBoxBytes = kTokens * 128;
 constexpr int kMaxStages = 12;
 constexpr int kWeightRow = kTokens * 2;  // bytes of an expert in a tile of pi
-constexpr int kAddThreads = 256;
+constexpr int kAddThreads = 128;
 
-// Row tiles of the transposed product, 64 columns each. z: one a warpgroup, which builds the next while the other three
-// multiply. Rows: two a warpgroup, both operands from shared memory.
+// Row tiles of the transposed product, 64 columns each. grad_b (`mixed`): one a warpgroup, which builds its next piece
+// of z while the others multiply. grad_rows: up to two a warpgroup, both operands from shared memory.
 template <bool mixed>
 struct Plan {
-    static constexpr int kWarpgroups = mixed ? 4 : 3, kTiles = mixed ? 1 : 2;
-    static constexpr int kColumns = kWarpgroups * kTiles * 64;  // of a block, at most
-    static constexpr int kThreads = kWarpgroups * 128 + 128;    // and a warpgroup that loads
-    static constexpr int kProducerRegisters = 32;               // of 96 and 128 at the start
+    static constexpr int kWarpgroups = mixed ? 4 : 3;
+    static constexpr int kColumns = mixed ? 256 : 384;        // of a block, at most
+    static constexpr int kThreads = kWarpgroups * 128 + 128;  // and a warpgroup that loads
+    static constexpr int kProducerRegisters = 32;             // of 96 and 128 at the start
     static constexpr int kConsumerRegisters = mixed ? 112 : 160;
 };
 
@@ -47,6 +46,7 @@ struct TokenArgs {
     int feature_tiles, group_size, groups, experts, tile_experts, rank;
     int width;          // columns of the product
     int block_columns;  // of a block
+    int shift;          // tiles of columns start so many before column 0
 };
 
 struct AddArgs {
@@ -74,7 +74,7 @@ __device__ TokenTile token_tile(const TokenArgs& p) {
     t.chunk = int(blockIdx.z);
     t.token = t.chunk * p.chunk;
     t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
-    t.columns = min(p.block_columns, p.width - t.column);
+    t.columns = min(p.block_columns, p.shift + p.width - t.column);
     return t;
 }
 
@@ -87,7 +87,6 @@ template <bool mixed, int BF>
 __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     const int boxes = mixed ? 1 : (t.columns + 63) / 64;
     const int h_bytes = kTokens * p.rank * 2, weight_bytes = Plan<mixed>::kColumns / p.rank * kWeightRow;
-    const int blocks = int(cluster_size()), rank = int(cluster_rank());
     const int bytes = kFeatureBytes<BF> + (mixed ? h_bytes + weight_bytes : boxes * kBoxBytes);
     const char* weights = nullptr;
     if constexpr (mixed) {
@@ -103,15 +102,11 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
         barrier_expect(barrier, uint32_t(bytes));
 #pragma unroll
         for (int at = 0; at < kFeatureBytes<BF>; at += kBoxBytes) {
-            tma_load(stage + at, &p.features, barrier, t.feature + at / kBoxBytes * 64, t.group, token);
+            tma_load_once(stage + at, &p.features, barrier, t.feature + at / kBoxBytes * 64, t.group, token);
         }
         for (int box = 0; box < boxes; ++box) {
-            char* const to = stage + kFeatureBytes<BF> + box * kBoxBytes;
-            const int column = mixed ? 0 : t.column + box * 64;
-            if (blocks == 1)
-                tma_load(to, &p.columns, barrier, column, 0, token);
-            else if (box % blocks == rank)
-                tma_load_multicast(to, &p.columns, barrier, uint16_t((1 << blocks) - 1), column, 0, token);
+            tma_load(stage + kFeatureBytes<BF> + box * kBoxBytes, &p.columns, barrier,
+                     mixed ? 0 : t.column + box * 64 - p.shift, token);
         }
         if constexpr (mixed) {
             bulk_load(stage + kFeatureBytes<BF> + h_bytes, weights, uint32_t(weight_bytes), barrier);
@@ -156,18 +151,22 @@ struct MixedH {
         }
     }
 
-    // All 64 tokens of the tiles at `at`.
+    // All 64 tokens of the tiles at `at`: every load before the first product, so that they wait once.
     __device__ void build(uint32_t at, uint32_t (&a)[kTokens / 4]) const {
-        uint32_t w[4];
+        constexpr int kSteps = kTokens / 16, kWeightLoads = two_experts ? kSteps : kSteps / 2;
+        uint32_t h[kSteps][4], w[kWeightLoads][4];
 #pragma unroll
-        for (int k = 0; k < kTokens / 16; ++k) {
-            uint32_t h[4];
-            load_matrices<true>(h, at + rows + k * 16 * pitch);
-            if (two_experts || k % 2 == 0) load_matrices<false>(w, at + weight + 32 * k);
+        for (int i = 0; i < kWeightLoads; ++i) {
+            load_matrices<false>(w[i], at + weight + i * (two_experts ? 32 : 64));
+        }
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) load_matrices<true>(h[k], at + rows + k * 16 * pitch);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const uint32_t pi = two_experts ? w[i] : w[k % 2 * 2 + i / 2];
-                a[4 * k + i] = scaled ? mixed_h<E>(h[i], pi, scale[i % 2]) : mixed_h<E>(h[i], pi);
+                const uint32_t pi = two_experts ? w[k][i] : w[k / 2][k % 2 * 2 + i / 2];
+                a[4 * k + i] = scaled ? mixed_h<E>(h[k][i], pi, scale[i % 2]) : mixed_h<E>(h[k][i], pi);
             }
         }
     }
@@ -177,13 +176,12 @@ struct MixedH {
 template <int BF>
 __device__ void store_sums(const TokenArgs& p, const TokenTile& t, int tile, const float (&c)[BF / 2]) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int column = 64 * tile + 16 * warp + lane / 4, feature = t.feature + lane % 4 * 2;
+    const int column = t.column + 64 * tile + 16 * warp + lane / 4 - p.shift, feature = t.feature + lane % 4 * 2;
     const int64_t pitch = int64_t(p.groups) * p.group_size;
-    float* const to =
-        p.sums + (int64_t(t.chunk) * p.width + t.column + column) * pitch + t.group * p.group_size + feature;
+    float* const to = p.sums + (int64_t(t.chunk) * p.width + column) * pitch + t.group * p.group_size + feature;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        if (column + 8 * row >= t.columns) break;
+        if (column + 8 * row < 0 || column + 8 * row >= p.width) continue;
 #pragma unroll
         for (int j = 0; j < BF / 8; ++j) {
             if (feature + 8 * j < p.group_size) {
@@ -194,7 +192,7 @@ __device__ void store_sums(const TokenArgs& p, const TokenTile& t, int tile, con
 }
 
 // d(B) of 64 columns.
-template <class E, int BF, bool two_experts, bool scaled, bool ahead>
+template <class E, int BF, bool two_experts, bool scaled>
 __device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
                                int warpgroup) {
     const MixedH<E, two_experts, scaled> z(p, t, warpgroup);
@@ -203,15 +201,9 @@ __device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* sha
     float c[BF / 2];
     uint32_t a[kTokens / 4];
     Ring ring;
-    if constexpr (ahead) {
-        barrier_wait(full, 0);
-        z.build(narrow, a);
-    }
     for (int step = 0; step < t.steps; ++step) {
-        if constexpr (!ahead) {
-            barrier_wait(full + ring.stage, ring.parity);
-            z.build(narrow + ring.stage * p.stage_bytes, a);
-        }
+        barrier_wait(full + ring.stage, ring.parity);
+        z.build(narrow + ring.stage * p.stage_bytes, a);
         pin(a);
         const uint64_t b = advanced(features, ring.stage * p.stage_bytes);
         wgmma_fence();
@@ -220,25 +212,11 @@ __device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* sha
             wgmma<E, 1>(c, a + 4 * k, advanced(b, k * 2048), step > 0 || k > 0);
         }
         wgmma_commit();
-        uint64_t* const done = empty + ring.stage;
+        wgmma_wait<0>();  // the other warpgroups keep the tensor cores busy while this one builds its operand
+        pin(c);
+        pin(a);
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
         ring.advance(p.stages);
-        if constexpr (ahead) {
-            uint32_t next[kTokens / 4];
-            if (step + 1 < t.steps) {
-                barrier_wait(full + ring.stage, ring.parity);
-                z.build(narrow + ring.stage * p.stage_bytes, next);
-            }
-            wgmma_wait<0>();
-            pin(c);
-            pin(a);
-#pragma unroll
-            for (int i = 0; i < kTokens / 4; ++i) a[i] = next[i];
-        } else {
-            wgmma_wait<0>();
-            pin(c);
-            pin(a);
-        }
-        if (threadIdx.x % 32 == 0) barrier_arrive(done);
     }
     store_sums<BF>(p, t, warpgroup, c);
 }
@@ -250,7 +228,6 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
     constexpr int kWarpgroups = Plan<false>::kWarpgroups;
     const uint64_t features = smem_descriptor(shared, kBoxBytes, 1024, Swizzle::b128);
     const uint64_t rows = advanced(features, kFeatureBytes<BF> + warpgroup * kBoxBytes);
-    const uint32_t blocks = cluster_size(), lane = threadIdx.x % 32;
     float c[tiles][BF / 2];
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
@@ -269,14 +246,14 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
         wgmma_wait<0>();
 #pragma unroll
         for (int m = 0; m < tiles; ++m) pin(c[m]);
-        if (lane < blocks) barrier_arrive(empty + ring.stage, lane);
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
         ring.advance(p.stages);
     }
 #pragma unroll
     for (int m = 0; m < tiles; ++m) store_sums<BF>(p, t, warpgroup + m * kWarpgroups, c[m]);
 }
 
-template <class E, bool mixed, int BF, bool ahead>
+template <class E, bool mixed, int BF>
 __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const __grid_constant__ TokenArgs p) {
     constexpr int kWarpgroups = Plan<mixed>::kWarpgroups;
     extern __shared__ char raw[];
@@ -289,14 +266,11 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
         const int warps = 4 * min(tiles, kWarpgroups);
         for (int s = 0; s < p.stages; ++s) {
             barrier_init(full + s, 1);
-            barrier_init(empty + s, uint32_t(warps) * cluster_size());
+            barrier_init(empty + s, uint32_t(warps));
         }
         barrier_init_fence();
     }
-    if constexpr (mixed)
-        __syncthreads();
-    else
-        cluster_sync();
+    __syncthreads();
     grid_dependency_wait();
     launch_dependents();
 
@@ -309,13 +283,13 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
         if constexpr (mixed) {
             if (warpgroup < tiles) {
                 if (p.rank > 8 && !p.scale)
-                    multiply_mixed<E, BF, false, false, ahead>(p, t, shared, full, empty, warpgroup);
+                    multiply_mixed<E, BF, false, false>(p, t, shared, full, empty, warpgroup);
                 else if (p.rank > 8)
-                    multiply_mixed<E, BF, false, true, ahead>(p, t, shared, full, empty, warpgroup);
+                    multiply_mixed<E, BF, false, true>(p, t, shared, full, empty, warpgroup);
                 else if (!p.scale)
-                    multiply_mixed<E, BF, true, false, ahead>(p, t, shared, full, empty, warpgroup);
+                    multiply_mixed<E, BF, true, false>(p, t, shared, full, empty, warpgroup);
                 else
-                    multiply_mixed<E, BF, true, true, ahead>(p, t, shared, full, empty, warpgroup);
+                    multiply_mixed<E, BF, true, true>(p, t, shared, full, empty, warpgroup);
             }
         } else {
             if (warpgroup + kWarpgroups < tiles)
@@ -324,7 +298,6 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
                 multiply_rows<E, BF, 1>(p, t, shared, full, empty, warpgroup);
         }
     }
-    if constexpr (!mixed) cluster_sync();  // the other block may still signal this one's barriers
 }
 
 __device__ inline void store(void* to, DType dtype, int64_t at, float v) {
@@ -368,7 +341,7 @@ __global__ void __launch_bounds__(kAddThreads) add_chunks_kernel(const AddArgs p
     const int64_t features = p.features;
     const float* from = p.sums + column * features + feature;
     float v[8];
-#pragma unroll 2
+#pragma unroll 4
     for (int chunk = 0; chunk < p.chunks; ++chunk, from += p.width * features) {
         float part[8];
 #pragma unroll
@@ -403,18 +376,10 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int n
     p.rank = int(f.rank);
     p.tile_experts = tile_experts(f);
     p.feature_tiles = int(ceil_div(p.group_size, BF));
-    const dim3 grid(unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, p.block_columns)),
+    const dim3 grid(unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.shift + p.width, p.block_columns)),
                     unsigned(ceil_div(f.tokens, f.token_chunk)));
     const int shared = 1024 + p.stages * p.stage_bytes + barrier_bytes;
-    const bool ahead = std::getenv("PROBE_AHEAD"), alone = std::getenv("PROBE_ALONE");
-    const int cluster = mixed || alone || p.block_columns <= 64 || p.feature_tiles % 2 ? 1 : 2;
-    if constexpr (mixed) {
-        if (ahead) {
-            launch<token_kernel<E, mixed, BF, true>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
-            return;
-        }
-    }
-    launch<token_kernel<E, mixed, BF, false>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p, cluster);
+    launch<token_kernel<E, mixed, BF>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
 }
 
 template <class E, bool mixed>
@@ -422,7 +387,7 @@ void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int
     auto padded = [&](int features) { return ceil_div(p.group_size, features) * features; };
     auto few = [&](int features) {
         return ceil_div(f.tokens, f.token_chunk) * p.groups * ceil_div(p.group_size, features) *
-                   ceil_div(p.width, p.block_columns) <
+                   ceil_div(p.shift + p.width, p.block_columns) <
                multiprocessors() * 3 / 4;
     };
     // Narrower where the group's tail would waste products, and where blocks would be too few.
@@ -451,8 +416,7 @@ void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
     TokenArgs p = {};
     p.features = tensor_map(f.dout.data, f.compute_dtype,
                             {{size, 1, 64}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});
-    p.columns =
-        tensor_map(f.h.data, f.compute_dtype, {{f.rank, 1, int(f.rank)}, {1, f.rank, 1}, {f.tokens, f.rank, kTokens}});
+    p.columns = tensor_map(f.h.data, f.compute_dtype, {{f.rank, 1, int(f.rank)}, {f.tokens, f.rank, kTokens}});
     p.pi_tiles = static_cast<const char*>(w.pi_tiles);
     p.scale = f.expert_scale.data;
     p.sums = w.chunk_sums;
@@ -475,16 +439,14 @@ void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     p.features =
         tensor_map(f.x.data, f.compute_dtype, {{f.d_in, 1, 64}, {1, f.d_in, 1}, {f.tokens, f.x.stride[0], kTokens}});
     p.width = row_width(f);
-    p.columns = tensor_map(w.rows, f.compute_dtype,
-                           {{p.width, 1, 64}, {1, row_pitch(f), 1}, {f.tokens, row_pitch(f), kTokens}});
+    p.columns = tensor_map(w.rows, f.compute_dtype, {{p.width, 1, 64}, {f.tokens, row_pitch(f), kTokens}});
     p.sums = w.chunk_sums;
     p.group_size = int(f.d_in);
     p.groups = 1;
-    // The same share of the columns for each block of them.
-    const int64_t tiles = ceil_div(p.width, 64);
-    const int most =
-        std::getenv("PROBE_TILES") ? std::atoi(std::getenv("PROBE_TILES")) : Plan<false>::kColumns / 64;
-    p.block_columns = int(ceil_div(tiles, ceil_div(tiles, most))) * 64;
+    // Tiles of d(logits) start on a line of L2, so that a row of a copy is one line: 75 to 64 us at G = 32.
+    p.shift = p.width > 64 ? 64 - padded_rank(f) : 0;
+    const int64_t tiles = ceil_div(p.shift + p.width, 64);
+    p.block_columns = int(ceil_div(tiles, ceil_div(tiles, Plan<false>::kColumns / 64))) * 64;  // the same for each
     choose_features<E, false>("routed_lora grad_rows", p, f, p.block_columns / 64 * kBoxBytes);
     AddArgs a = {};
     a.out = f.dlora_a.data;
