@@ -19,12 +19,6 @@ __device__ inline uint32_t cluster_address(const void* p, uint32_t rank) {
     return address;
 }
 
-__device__ inline float cluster_load(uint32_t address) {
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
-}
-
 // A run of bytes, a multiple of 16, to shared memory; the second to the same place in every block of the cluster in
 // `blocks` (a bit each), completing on the barrier of each.
 __device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {

@@ -99,7 +99,9 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     Buffers w;
     w.dw = static_cast<float*>(carver.take(needs_dw, pairs * f.experts * 4));
     w.dh = static_cast<float*>(carver.take(needs_rows, blocks * f.tokens * f.rank * 4));
+    w.chunk_sums = static_cast<float*>(carver.take(chunk_sums(f) > 0, chunk_sums(f) * 4));
     w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
+    if (w.rows) w.rows = static_cast<char*>(w.rows) + (64 - padded_rank(f)) * 2;  // the end of the first line
     w.b_tiles = carver.take(needs_dw || needs_rows,
                             f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
     w.pi_tiles = carver.take(f.dlora_b.data, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
@@ -156,8 +158,8 @@ void routed_lora_bwd(const RoutedLoraBwd& f) {
         route(f, w);
     }
     if (f.dlora_b.data) grad_b(f, w);
-    if (f.dx.data) grad_x(f, w);
     if (f.dlora_a.data || f.drouter.data) grad_rows(f, w);
+    if (f.dx.data) grad_x(f, w);  // last: what it writes leaves L2 while others read
     if (f.dexpert_scale.data) {
         sum_rows(w.dw, DType::f32, f.tokens * f.groups, int(f.experts), f.scaling,
                  static_cast<float*>(f.dexpert_scale.data), w.sums, f.stream);
