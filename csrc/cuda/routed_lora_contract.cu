@@ -5,6 +5,8 @@
 // it to all.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <stdexcept>
 
 #include "cuda/cluster.cuh"
@@ -19,7 +21,7 @@ namespace {
 constexpr int kTokens = 64, kDepth = 64;  // depth: outputs a step, 128 bytes
 constexpr int kColumns = 128;             // of a warpgroup: one block of the sum over experts in the reference
 constexpr int kWarpgroups = 2;
-constexpr int kThreads = 128 * kWarpgroups + 32;
+constexpr int kThreads = 128 * kWarpgroups + 128;  // and a loading warp, in a warpgroup that gives up its registers
 constexpr int kStages = 5;
 constexpr int kDoutBytes = kTokens * kDepth * 2;
 constexpr int kStageBytes = kDoutBytes + kWarpgroups * kWeightTileBytes;
@@ -34,6 +36,8 @@ struct ContractArgs {
     int steps;                // tiles of outputs in a group
     int blocks, tile_blocks;  // of columns: live ones, those in b_tiles
     int per_block;            // a block's: one for each multiplying warpgroup
+    int ahead;                // steps of a group whose products run beside the sums of the group before
+    bool whole_runs;          // of experts: see load_run
 };
 
 // s[:n/2] + s[n/2:] until one is left.
@@ -49,8 +53,58 @@ __device__ float tree_sum(const float (&v)[n]) {
     }
 }
 
-// The sum over rank of one group: v[e][b] belongs to columns 8 j + 2 q + b of thread q, summed over j already. The
-// quad's threads exchange halves until each holds different rows and experts.
+// A run of `n` 16-bit values, of which the first `valid` are loaded and the others 0. `whole`: they come in aligned
+// pieces of up to 16 bytes that are valid or not as a whole.
+template <int n>
+__device__ void load_run(uint32_t (&to)[n], const uint16_t* from, int valid, bool whole) {
+    constexpr int kPiece = n < 4 ? n : 4;  // of two values each
+#pragma unroll
+    for (int i = 0; i < n; ++i) to[i] = 0;
+    if (whole) {
+#pragma unroll
+        for (int i = 0; i < n; i += kPiece) {
+            if (2 * i >= valid) continue;
+            const void* const at = from + 2 * i;
+            if constexpr (kPiece == 4) {
+                const uint4 v = *static_cast<const uint4*>(at);
+                to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
+            } else if constexpr (kPiece == 2) {
+                const uint2 v = *static_cast<const uint2*>(at);
+                to[i] = v.x, to[i + 1] = v.y;
+            } else {
+                to[i] = *static_cast<const uint32_t*>(at);
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2 * n; ++i) {
+            if (i < valid) to[i / 2] |= uint32_t(from[i]) << i % 2 * 16;
+        }
+    }
+}
+
+// The first `valid` of a run of values, likewise.
+template <int n>
+__device__ void store_run(float* to, const float (&from)[n], int valid, bool whole) {
+    if (!whole || n == 1) {
+#pragma unroll
+        for (int i = 0; i < n; ++i) {
+            if (i < valid) to[i] = from[i];
+        }
+    } else if (valid > 0) {
+        if constexpr (n == 2) {
+            *reinterpret_cast<float2*>(to) = {from[0], from[1]};
+        } else if constexpr (n >= 4) {
+#pragma unroll
+            for (int i = 0; i < n; i += 4) {
+                *reinterpret_cast<float4*>(to + i) = {from[i], from[i + 1], from[i + 2], from[i + 3]};
+            }
+        }
+    }
+}
+
+// The sum over rank of one group: v[row][e][b] belongs to columns 8 j + 2 q + b of thread q, summed over j already.
+// The quad's threads exchange halves until each holds different rows and experts.
 template <int experts>
 __device__ void store_dw(const ContractArgs& p, const float (&v)[2][experts][2], int token, int group, int first) {
     const int lane = threadIdx.x % 32;
@@ -64,83 +118,124 @@ __device__ void store_dw(const ContractArgs& p, const float (&v)[2][experts][2],
             row[e][b] = (second_row ? v[1][e][b] : v[0][e][b]) + sent;
         }
     }
-    const int t = token + (second_row ? 8 : 0);
-    const int expert = first + (second_half ? experts / 2 : 0);
-    float* const at = p.dw + (int64_t(t) * p.groups + group) * p.experts + expert;
+    float sum[experts / 2];
 #pragma unroll
     for (int e = 0; e < experts / 2; ++e) {
-        float sum[2];
+        float halves[2];
 #pragma unroll
         for (int b = 0; b < 2; ++b) {
             const float sent = __shfl_xor_sync(~0u, second_half ? row[e][b] : row[e + experts / 2][b], 1);
-            sum[b] = (second_half ? row[e + experts / 2][b] : row[e][b]) + sent;
+            halves[b] = (second_half ? row[e + experts / 2][b] : row[e][b]) + sent;
         }
-        if (t < p.tokens && expert + e < p.experts) at[e] = sum[0] + sum[1];
+        sum[e] = halves[0] + halves[1];
     }
+    const int t = token + (second_row ? 8 : 0);
+    const int expert = first + (second_half ? experts / 2 : 0);
+    if (t >= p.tokens) return;
+    store_run(p.dw + (int64_t(t) * p.groups + group) * p.experts + expert, sum, p.experts - expert, p.whole_runs);
 }
 
 template <class E, int R>
-__device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
-    constexpr int kExperts = kColumns / R;
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
-    const int block = int(blockIdx.y) * p.per_block + warpgroup;
-    const int first = block * kExperts, valid = min(kExperts, p.experts - first);
-    const int token = first_token + warp * 16 + lane / 4;
-    const uint32_t cluster = cluster_size();
+struct Multiply {
+    static constexpr int kExperts = kColumns / R;
+    using Accumulators = float[kColumns / 2];  // c[4 j + 2 row + b] is column 8 j + 2 q + b
 
-    float2 h[2][R / 8];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-        const int t = token + 8 * row;
-        const Pair<E>* at = reinterpret_cast<const Pair<E>*>(static_cast<const E*>(p.h) + int64_t(t) * R) + q;
-#pragma unroll
-        for (int j = 0; j < R / 8; ++j) h[row][j] = t < p.tokens ? to_float2(at[4 * j]) : float2{0.0f, 0.0f};
-    }
-    float dh[2][R / 8][2] = {};
+    const ContractArgs& p;
+    uint64_t* const full;
+    const int lane, block, first, valid, token;  // first and valid: experts
+    const uint32_t cluster, empty;
+    uint64_t a, b;      // the operands of stage 0
     Ring ring;
-    for (int group = 0; group < p.groups; ++group) {
-        uint16_t w[2][kExperts];  // fetched while the product runs
+    int held = 0, oldest = 0;  // stages whose products may still run
+    Pair<E> h[2][R / 8];
+    uint32_t pi[2][kExperts / 2];  // of the next group to be summed
+    float scale[kExperts];
+    float dh[2][R / 8][2] = {};
+
+    __device__ Multiply(const ContractArgs& p, const char* tiles, uint64_t* full, uint64_t* empty, int first_token)
+        : p(p),
+          full(full),
+          lane(threadIdx.x % 32),
+          block(int(blockIdx.y) * p.per_block + uniform(threadIdx.x / 128)),
+          first(block * kExperts),
+          valid(min(kExperts, p.experts - first)),
+          token(first_token + threadIdx.x / 32 % 4 * 16 + lane / 4),
+          cluster(cluster_size()),
+          empty(cluster_address(empty, lane < int(cluster) ? lane : 0)) {
+        const char* const weights = tiles + kDoutBytes + uniform(threadIdx.x / 128) * kWeightTileBytes;
+        a = smem_descriptor(tiles, 16, 1024, Swizzle::b128);
+        b = smem_descriptor(weights, kWeightTileBytes / 2, 1024, Swizzle::b128);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int t = token + 8 * row;
-            const uint16_t* at =
-                static_cast<const uint16_t*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + first;
+            const Pair<E>* at = reinterpret_cast<const Pair<E>*>(static_cast<const E*>(p.h) + int64_t(t) * R) + lane % 4;
 #pragma unroll
-            for (int e = 0; e < kExperts; ++e) w[row][e] = t < p.tokens && e < valid ? at[e] : uint16_t(0);
+            for (int j = 0; j < R / 8; ++j) h[row][j] = t < p.tokens ? at[4 * j] : Pair<E>();
         }
-
-        float c[kColumns / 2];
-        int last = 0;
-        for (int step = 0; step < p.steps; ++step) {
-            const char* const tile = tiles + ring.stage * kStageBytes;
-            const uint64_t a = smem_descriptor(tile, 16, 1024, Swizzle::b128);
-            const char* const weights = tile + kDoutBytes + warpgroup * kWeightTileBytes;
-            const uint64_t b = smem_descriptor(weights, kWeightTileBytes / 2, 1024, Swizzle::b128);
-            barrier_wait(full + ring.stage, ring.parity);
-            wgmma_fence();
 #pragma unroll
-            for (int k = 0; k < kDepth / 16; ++k) {  // 16 outputs: 32 bytes of a row of dout, 16 rows of 128 bytes of B
-                wgmma<E, 0, 1>(c, a + 2 * k, b + 128 * k, step > 0 || k > 0);
-            }
-            wgmma_commit();
-            if (step > 0) {
-                wgmma_wait<1>();
-                if (lane < cluster) barrier_arrive(empty + last, lane);
-            }
-            last = ring.stage;
-            ring.advance(kStages);
+        for (int e = 0; e < kExperts; ++e) {
+            scale[e] = p.scale && e < valid ? to_float(static_cast<const E*>(p.scale)[first + e]) : 1.0f;
+        }
+        load_pi(0);
+    }
+
+    __device__ void load_pi(int group) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const int t = token + 8 * row;
+            load_run(pi[row],
+                     static_cast<const uint16_t*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + first,
+                     t < p.tokens ? valid : 0, p.whole_runs);
+        }
+    }
+
+    // Give the oldest stages back until `count` are left.
+    __device__ void release(int count) {
+#pragma unroll 1
+        for (; held > count; --held) {
+            if (lane < int(cluster)) cluster_arrive(empty + 8 * oldest);
+            oldest = oldest + 1 == kStages ? 0 : oldest + 1;
+        }
+    }
+
+    __device__ void issue(Accumulators& c, bool accumulate) {
+        const uint64_t dout = advanced(a, ring.stage * kStageBytes), weights = advanced(b, ring.stage * kStageBytes);
+        barrier_wait(full + ring.stage, ring.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < kDepth / 16; ++k) {  // 16 outputs: 32 bytes of a row of dout, 16 rows of 128 bytes of B
+            wgmma<E, 0, 1>(c, advanced(dout, 32 * k), advanced(weights, 2048 * k), accumulate || k > 0);
+        }
+        wgmma_commit();
+        ++held;
+        ring.advance(kStages);
+    }
+
+    // The first products of a group, left running.
+    __device__ void start(Accumulators& c, int group) {
+        const int steps = group < p.groups ? p.ahead : 0;
+        for (int step = 0; step < steps; ++step) issue(c, step > 0);
+    }
+    // The others, to the end.
+    __device__ void finish(Accumulators& c, int group) {
+        const int steps = group < p.groups ? p.steps : 0;
+        for (int step = p.ahead; step < steps; ++step) {
+            issue(c, step > 0);
+            wgmma_wait<1>();
+            release(1);
         }
         wgmma_wait<0>();
         pin(c);
-        if (lane < cluster) barrier_arrive(empty + last, lane);
-
+        release(0);
         if (valid < kExperts) {  // 0 times an infinity would not be nothing
 #pragma unroll
             for (int i = 0; i < kColumns / 2; ++i) {
                 if (i / (R / 2) >= valid) c[i] = 0.0f;
             }
         }
-        // c[4 j + 2 row + b] is column 8 j + 2 q + b.
+    }
+
+    __device__ void sum(Accumulators& c, int group) {
         if (p.dw) {
             float v[2][kExperts][2];
 #pragma unroll
@@ -149,7 +244,8 @@ __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* ful
                 float sum[R / 8];
 #pragma unroll
                 for (int j = 0; j < R / 8; ++j) {
-                    sum[j] = c[4 * (e * (R / 8) + j) + 2 * row + b] * (b ? h[row][j].y : h[row][j].x);
+                    const float2 pair = to_float2(h[row][j]);
+                    sum[j] = c[4 * (e * (R / 8) + j) + 2 * row + b] * (b ? pair.y : pair.x);
                 }
                 v[row][e][b] = tree_sum(sum);
             }
@@ -159,14 +255,13 @@ __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* ful
             float weight[2][kExperts];
 #pragma unroll
             for (int e = 0; e < kExperts; ++e) {
-                weight[0][e] = to_float(bits_as<E>(w[0][e]));
-                weight[1][e] = to_float(bits_as<E>(w[1][e]));
-                if (p.scale && e < valid) {
-                    const float s = to_float(static_cast<const E*>(p.scale)[first + e]);
-                    weight[0][e] = weight[0][e] * s;
-                    weight[1][e] = weight[1][e] * s;
+#pragma unroll
+                for (int row = 0; row < 2; ++row) {
+                    const uint16_t bits = uint16_t(pi[row][e / 2] >> e % 2 * 16);
+                    weight[row][e] = to_float(bits_as<E>(bits)) * scale[e];  // times 1 changes nothing
                 }
             }
+            load_pi(min(group + 1, p.groups - 1));
 #pragma unroll
             for (int i = 0; i < R / 2; ++i) {
                 const int row = i / 2 % 2, b = i % 2, j = i / 4;
@@ -179,18 +274,32 @@ __device__ void multiply(const ContractArgs& p, const char* tiles, uint64_t* ful
             }
         }
     }
-    if (p.dh) {
+
+    // While the sums of a group are taken, the first products of the next one run.
+    __device__ void run() {
+        Accumulators even, odd;
+        start(even, 0);
+        finish(even, 0);
+        for (int group = 0; group < p.groups; group += 2) {
+            start(odd, group + 1);
+            sum(even, group);
+            finish(odd, group + 1);
+            start(even, group + 2);
+            if (group + 1 < p.groups) sum(odd, group + 1);
+            finish(even, group + 2);
+        }
+        if (!p.dh) return;
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int t = token + 8 * row;
-            float2* at = reinterpret_cast<float2*>(p.dh + (int64_t(block) * p.tokens + t) * R) + q;
+            float2* at = reinterpret_cast<float2*>(p.dh + (int64_t(block) * p.tokens + t) * R) + lane % 4;
 #pragma unroll
             for (int j = 0; j < R / 8; ++j) {
                 if (t < p.tokens) at[4 * j] = {dh[row][j][0], dh[row][j][1]};
             }
         }
     }
-}
+};
 
 // Tiles of both, one thread.
 __device__ inline void load(const ContractArgs& p, char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
@@ -235,11 +344,13 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
     grid_dependency_wait();
     launch_dependents();
 
-    const int warpgroup = threadIdx.x / 128;
+    const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == kWarpgroups) {
+        shrink_registers<24>();
         if (threadIdx.x == 128 * kWarpgroups) load(p, tiles, full, empty, first_token);
-    } else if (warpgroup < warpgroups) {
-        multiply<E, R>(p, tiles, full, empty, first_token);
+    } else {
+        grow_registers<240>();
+        if (warpgroup < warpgroups) Multiply<E, R>(p, tiles, full, empty, first_token).run();
     }
     cluster_sync();  // the others may still signal this block's barriers
 }
@@ -247,9 +358,8 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
 template <class E, int R>
 void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups, tiles = ceil_div(f.tokens, kTokens);
-    const int cluster = tiles >= 4   ? 4
-                        : tiles >= 2 ? 2
-                                     : 1;  // 126 us with 4 (H100); 2 has not been timed since B is packed
+    const int most = getenv("CON_CLUSTER") ? atoi(getenv("CON_CLUSTER")) : 2;
+    const int cluster = tiles >= most ? most : 1;
     ContractArgs p = {};
     p.dout = tensor_map(f.dout.data, f.compute_dtype,
                         {{size, 1, kDepth}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});
@@ -266,6 +376,9 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     p.blocks = int(ceil_div(f.experts * R, kColumns));
     p.tile_blocks = weight_blocks(f);
     p.per_block = p.blocks == 1 || tiles * p.blocks <= multiprocessors() ? 1 : kWarpgroups;
+    p.ahead = std::min(getenv("CON_AHEAD") ? atoi(getenv("CON_AHEAD")) : 2, p.steps);
+    const int64_t piece = std::min<int64_t>(8, kColumns / R);
+    p.whole_runs = f.experts % piece == 0 && reinterpret_cast<uintptr_t>(f.pi.data) % 16 == 0;
     const dim3 grid(unsigned(ceil_div(tiles, cluster) * cluster), unsigned(ceil_div(p.blocks, p.per_block)));
     launch<contract_kernel<E, R>>("routed_lora contract", grid, kThreads, kSharedBytes, f.stream, true, p, cluster);
 }

@@ -5,6 +5,9 @@
 // at the token tiles, so that one multiplies while the other stores.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdlib>
+
 #include "cuda/cluster.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
@@ -17,12 +20,13 @@ namespace {
 constexpr int kTokens = 64;
 constexpr int kBoxBytes = 64 * 128;  // 64 tokens by 64 columns, 64 columns or tokens by 64 features
 constexpr int kStages = 3;           // of each warpgroup
-constexpr int kThreads = 288;        // two multiplying warpgroups and a loading warp
+constexpr int kThreads = 320;        // two multiplying warpgroups and a loading warp for each
 
 struct GradXArgs {
     CUtensorMap dh, dlogits, a, router, dx;
-    int features, token_tiles, tiles;
+    int features, token_tiles, tiles;  // tiles: of a cluster, 64 tokens by the features of all its blocks
     int chunks;  // of 64 columns: one of d(h), the others of d(logits), zeros at the end of each
+    int h_steps; // of 16 columns: what of d(h) is not zeros
 };
 
 // BF = features of a tile.
@@ -43,74 +47,121 @@ __device__ inline bool next_segment(const GradXArgs& p, int& tile, int end, Segm
     return true;
 }
 
+// One thread for each multiplying warpgroup, the first of which also loads the weights.
 template <int BF>
-__device__ void load(const GradXArgs& p, char* weights, char* ring_bytes, uint64_t* full, uint64_t* empty,
-                     uint64_t* weights_full, uint64_t* weights_empty, int tile, int end) {
-    uint32_t parity = 0;
-    int turn = 0;
-    Ring ring, other;  // of the warpgroup whose turn it is, and of the one after
-    Segment s;
-    while (next_segment(p, tile, end, s)) {
-        barrier_wait(weights_empty, parity ^ 1);
-        barrier_expect(weights_full, uint32_t(p.chunks * (BF / 64) * kBoxBytes));
-        for (int box = 0; box < BF / 64; ++box) {
-            for (int chunk = 0; chunk < p.chunks; ++chunk) {
-                tma_load(weights + (box * p.chunks + chunk) * kBoxBytes, chunk ? &p.router : &p.a, weights_full,
-                         s.feature_tile * BF + box * 64, chunk ? (chunk - 1) * 64 : 0);
-            }
-        }
-        parity ^= 1;
-        for (int t = s.first; t < s.last; ++t, turn ^= 1) {
-            for (int chunk = 0; chunk < p.chunks; ++chunk) {
-                const int stage = turn * kStages + ring.stage;
-                barrier_wait(empty + stage, ring.parity ^ 1);
-                barrier_expect(full + stage, kBoxBytes);
-                tma_load(ring_bytes + stage * kBoxBytes, chunk ? &p.dlogits : &p.dh, full + stage,
-                         chunk ? (chunk - 1) * 64 : 0, t * kTokens);
-                ring.advance(kStages);
-            }
-            const Ring next = other;
-            other = ring;
-            ring = next;
-        }
-    }
-}
-
-// acc += one chunk of columns, or starts with it.
-template <class E, int BF>
-__device__ void add_chunk(float (&acc)[BF / 2], const char* ring_bytes, uint64_t weights, uint64_t* full,
-                          uint64_t* empty, Ring& ring, bool accumulate) {
-    const uint64_t a = smem_descriptor(ring_bytes + ring.stage * kBoxBytes, 16, 1024, Swizzle::b128);
-    barrier_wait(full + ring.stage, ring.parity);
-    wgmma_fence();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma<E, 0, 1>(acc, a + 2 * k, weights + 128 * k, accumulate || k > 0);
-    wgmma_commit();
-    wgmma_wait<0>();
-    pin(acc);
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
-    ring.advance(kStages);
-}
-
-template <class E, int BF>
-__device__ void multiply(const GradXArgs& p, const char* weights, const char* ring_bytes, char* out, uint64_t* full,
-                         uint64_t* empty, uint64_t* weights_full, uint64_t* weights_empty, int tile, int end) {
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
-    const uint64_t b = smem_descriptor(weights, uint32_t(p.chunks * kBoxBytes), 1024, Swizzle::b128);
+__device__ void load(const GradXArgs& p, int warpgroup, char* weights, char* ring_bytes, uint64_t* full,
+                     uint64_t* empty, uint64_t* weights_full, uint64_t* weights_empty, int tile, int end) {
+    const int cluster = int(cluster_size()), rank = int(cluster_rank()), share = kTokens / cluster;
+    const uint16_t all = uint16_t((1 << cluster) - 1);
     uint32_t parity = 0;
     bool mine = warpgroup == 0;
     Ring ring;
     Segment s;
     while (next_segment(p, tile, end, s)) {
-        barrier_wait(weights_full, parity);
-        parity ^= 1;
+        if (warpgroup == 0) {
+            barrier_wait(weights_empty, parity ^ 1);
+            barrier_expect(weights_full, uint32_t(p.chunks * (BF / 64) * kBoxBytes));
+            for (int box = 0; box < BF / 64; ++box) {
+                for (int chunk = 0; chunk < p.chunks; ++chunk) {
+                    tma_load(weights + (box * p.chunks + chunk) * kBoxBytes, chunk ? &p.router : &p.a, weights_full,
+                             (s.feature_tile * cluster + rank) * BF + box * 64, chunk ? (chunk - 1) * 64 : 0);
+                }
+            }
+            parity ^= 1;
+        }
         for (int t = s.first; t < s.last; ++t, mine = !mine) {
             if (!mine) continue;
-            float from_h[BF / 2], from_logits[BF / 2] = {};
-            add_chunk<E, BF>(from_h, ring_bytes, b, full, empty, ring, false);
-            for (int chunk = 1; chunk < p.chunks; ++chunk) {
-                add_chunk<E, BF>(from_logits, ring_bytes, b + chunk * (kBoxBytes >> 4), full, empty, ring, true);
+            for (int chunk = 0; chunk < p.chunks; ++chunk) {
+                uint64_t* const barrier = full + ring.stage;
+                char* const to = ring_bytes + ring.stage * kBoxBytes + rank * share * 128;
+                barrier_wait(empty + ring.stage, ring.parity ^ 1);
+                barrier_expect(barrier, kBoxBytes);
+                const CUtensorMap* const map = chunk ? &p.dlogits : &p.dh;
+                const int column = chunk ? (chunk - 1) * 64 : 0, token = t * kTokens + rank * share;
+                if (cluster == 1)
+                    tma_load(to, map, barrier, column, token, 0);
+                else
+                    tma_load_multicast(to, map, barrier, all, column, token, 0);
+                ring.advance(kStages);
             }
+        }
+    }
+}
+
+template <class E, int BF>
+struct Multiply {
+    const GradXArgs& p;
+    uint64_t *const full, *const empty;
+    const int lane;
+    const uint32_t cluster, empty_address;
+    const uint64_t rows, weights;  // the operands of stage 0 and of chunk 0
+    Ring ring;
+    int last = 0;
+
+    __device__ Multiply(const GradXArgs& p, const char* weight_bytes, const char* ring_bytes, uint64_t* full,
+                        uint64_t* empty)
+        : p(p),
+          full(full),
+          empty(empty),
+          lane(threadIdx.x % 32),
+          cluster(cluster_size()),
+          empty_address(cluster_address(empty, lane < int(cluster) ? lane : 0)),
+          rows(smem_descriptor(ring_bytes, 16, 1024, Swizzle::b128)),
+          weights(smem_descriptor(weight_bytes, uint32_t(p.chunks * kBoxBytes), 1024, Swizzle::b128)) {}
+
+    // acc += `steps` times 16 columns of a chunk, or starts with them; left running.
+    __device__ void issue(float (&acc)[BF / 2], int chunk, int steps, bool accumulate) {
+        const uint64_t a = advanced(rows, ring.stage * kBoxBytes), b = advanced(weights, chunk * kBoxBytes);
+        barrier_wait(full + ring.stage, ring.parity);
+        wgmma_fence();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            if (k < steps) wgmma<E, 0, 1>(acc, advanced(a, 32 * k), advanced(b, 2048 * k), accumulate || k > 0);
+        }
+        wgmma_commit();
+        last = ring.stage;
+        ring.advance(kStages);
+    }
+
+    __device__ void release(int stage) {
+        if (lane < int(cluster)) cluster_arrive(empty_address + 8 * stage);
+    }
+
+    __device__ void run(float (&from_h)[BF / 2], float (&from_logits)[BF / 2]) {
+        issue(from_h, 0, p.h_steps, false);
+        for (int chunk = 1; chunk < p.chunks; ++chunk) {
+            const int before = last;
+            issue(from_logits, chunk, 4, chunk > 1);
+            wgmma_wait<1>();
+            release(before);
+        }
+        wgmma_wait<0>();
+        pin(from_h);
+        pin(from_logits);
+        release(last);
+        if (p.chunks == 1) {
+#pragma unroll
+            for (int i = 0; i < BF / 2; ++i) from_logits[i] = 0.0f;
+        }
+    }
+};
+
+template <class E, int BF>
+__device__ void multiply(const GradXArgs& p, const char* weights, const char* ring_bytes, char* out, uint64_t* full,
+                         uint64_t* empty, uint64_t* weights_full, uint64_t* weights_empty, int tile, int end) {
+    const int warpgroup = uniform(threadIdx.x / 128), warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
+    Multiply<E, BF> products(p, weights, ring_bytes, full, empty);
+    uint32_t parity = 0;
+    bool mine = warpgroup == 0;
+    Segment s;
+    while (next_segment(p, tile, end, s)) {
+        barrier_wait(weights_full, parity);
+        parity ^= 1;
+        const int first_feature = (s.feature_tile * int(cluster_size()) + int(cluster_rank())) * BF;
+        for (int t = s.first; t < s.last; ++t, mine = !mine) {
+            if (!mine) continue;
+            float from_h[BF / 2], from_logits[BF / 2];
+            products.run(from_h, from_logits);
 
             const bool elected = threadIdx.x % 128 == 0;
             if (elected) tma_store_wait_read<0>();
@@ -126,7 +177,7 @@ __device__ void multiply(const GradXArgs& p, const char* weights, const char* ri
             named_barrier(1 + warpgroup, 128);
             if (elected) {
                 for (int box = 0; box < BF / 64; ++box) {
-                    const int feature = s.feature_tile * BF + box * 64;
+                    const int feature = first_feature + box * 64;
                     if (feature < p.features) tma_store(&p.dx, out + box * kBoxBytes, feature, t * kTokens, 0);
                 }
                 tma_store_commit();
@@ -150,28 +201,32 @@ __global__ void __launch_bounds__(kThreads, 1) grad_x_kernel(const __grid_consta
     if (threadIdx.x == 0) {
         for (int s = 0; s < 2 * kStages; ++s) {
             barrier_init(full + s, 1);
-            barrier_init(empty + s, 4);
+            barrier_init(empty + s, 4 * cluster_size());
         }
         barrier_init(weights_full, 1);
         barrier_init(weights_empty, 8);
         barrier_init_fence();
     }
-    __syncthreads();
+    cluster_sync();
     grid_dependency_wait();
     launch_dependents();
 
-    const int first = int(int64_t(p.tiles) * blockIdx.x / gridDim.x);
-    const int end = int(int64_t(p.tiles) * (blockIdx.x + 1) / gridDim.x);
-    const int warpgroup = threadIdx.x / 128;
+    const int cluster = int(cluster_size()), clusters = int(gridDim.x) / cluster, index = int(blockIdx.x) / cluster;
+    const int first = int(int64_t(p.tiles) * index / clusters);
+    const int end = int(int64_t(p.tiles) * (index + 1) / clusters);
+    const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == 2) {
-        if (threadIdx.x == 256) {
-            load<BF>(p, weights, ring_bytes, full, empty, weights_full, weights_empty, first, end);
+        const int user = threadIdx.x / 32 % 4;
+        if (threadIdx.x % 32 == 0) {
+            load<BF>(p, user, weights, ring_bytes + user * kStages * kBoxBytes, full + user * kStages,
+                     empty + user * kStages, weights_full, weights_empty, first, end);
         }
     } else {
         multiply<E, BF>(p, weights, ring_bytes + warpgroup * kStages * kBoxBytes,
                         out + warpgroup * (BF / 64) * kBoxBytes, full + warpgroup * kStages,
                         empty + warpgroup * kStages, weights_full, weights_empty, first, end);
     }
+    cluster_sync();  // the other may still signal this block's barriers
 }
 
 template <class E, int BF>
@@ -179,20 +234,23 @@ void launch_grad_x(const RoutedLoraBwd& f, const Buffers& w, int chunks) {
     GradXArgs p = {};
     const int64_t router_rows = f.router.data ? f.groups * f.experts : 0, pitch = row_pitch(f);
     const char* const rows = static_cast<const char*>(w.rows);
-    p.dh = tensor_map(rows, f.compute_dtype, {{f.rank, 1, 64}, {f.tokens, pitch, kTokens}});
+    const int cluster = getenv("GX_CLUSTER") ? atoi(getenv("GX_CLUSTER")) : f.d_in > BF ? 2 : 1;
+    const Dimension one = {1, pitch, 1}, tokens = {f.tokens, pitch, kTokens / cluster};
+    p.dh = tensor_map(rows, f.compute_dtype, {{f.rank, 1, 64}, tokens, one});
     p.a = tensor_map(f.lora_a.data, f.compute_dtype, {{f.d_in, 1, 64}, {f.rank, f.d_in, 64}});
     if (router_rows) {
-        p.dlogits =
-            tensor_map(rows + 2 * padded_rank(f), f.compute_dtype, {{router_rows, 1, 64}, {f.tokens, pitch, kTokens}});
+        p.dlogits = tensor_map(rows + 2 * padded_rank(f), f.compute_dtype, {{router_rows, 1, 64}, tokens, one});
         p.router = tensor_map(f.router.data, f.compute_dtype, {{f.d_in, 1, 64}, {router_rows, f.d_in, 64}});
     }
     p.dx = tensor_map(f.dx.data, f.compute_dtype, {{f.d_in, 1, 64}, {f.tokens, f.d_in, kTokens}, {1, f.d_in, 1}});
     p.chunks = chunks;
+    p.h_steps = padded_rank(f) / 16;
     p.features = int(f.d_in);
     p.token_tiles = int(ceil_div(f.tokens, kTokens));
-    p.tiles = p.token_tiles * int(ceil_div(f.d_in, BF));
-    const dim3 grid(unsigned(p.tiles < multiprocessors() ? p.tiles : multiprocessors()));
-    launch<grad_x_kernel<E, BF>>("routed_lora grad_x", grid, kThreads, shared_bytes(BF, chunks), f.stream, true, p);
+    p.tiles = p.token_tiles * int(ceil_div(f.d_in, cluster * BF));
+    const int clusters = std::min(p.tiles, multiprocessors() / cluster);
+    launch<grad_x_kernel<E, BF>>("routed_lora grad_x", dim3(unsigned(clusters * cluster)), kThreads,
+                                 shared_bytes(BF, chunks), f.stream, true, p, cluster);
 }
 
 template <class E>
