@@ -127,7 +127,8 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
     w.b_tiles = carver.take(needs_dw || needs_rows,
                             f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
-    w.pi_tiles = carver.take(f.dlora_b.data, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
+    w.pi_tiles = carver.take(f.dlora_b.data || needs_rows,
+                             f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
     w.sums = static_cast<float*>(carver.take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;
 }

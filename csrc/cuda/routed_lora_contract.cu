@@ -21,7 +21,7 @@ namespace {
 constexpr int kTokens = 64, kDepth = 64;  // depth: outputs a step, 128 bytes
 constexpr int kColumns = 128;             // of a warpgroup: one block of the sum over experts in the reference
 constexpr int kWarpgroups = 2;
-constexpr int kThreads = 128 * kWarpgroups + 128;  // and a loading warp, in a warpgroup that gives up its registers
+constexpr int kThreads = 128 * kWarpgroups + 32;
 constexpr int kStages = 5;
 constexpr int kDoutBytes = kTokens * kDepth * 2;
 constexpr int kStageBytes = kDoutBytes + kWarpgroups * kWeightTileBytes;
@@ -30,14 +30,15 @@ constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStages * 8;
 struct ContractArgs {
     CUtensorMap dout;
     const char* b_tiles;
-    const void *h, *pi, *scale;
+    const uint16_t* pi_tiles;
+    const void *h, *scale;
     float *dw, *dh;  // [T, G, N] and [blocks, T, rank]; either may be absent
     int tokens, groups, experts;
     int steps;                // tiles of outputs in a group
     int blocks, tile_blocks;  // of columns: live ones, those in b_tiles
     int per_block;            // a block's: one for each multiplying warpgroup
-    int ahead;                // steps of a group whose products run beside the sums of the group before
-    bool whole_runs;          // of experts: see load_run
+    int tile_experts;         // in pi_tiles
+    bool whole_runs;          // of experts in d(w): see store_run
 };
 
 // s[:n/2] + s[n/2:] until one is left.
@@ -53,52 +54,18 @@ __device__ float tree_sum(const float (&v)[n]) {
     }
 }
 
-// A run of `n` 16-bit values, of which the first `valid` are loaded and the others 0. `whole`: they come in aligned
-// pieces of up to 16 bytes that are valid or not as a whole.
+// The first `valid` of a run of values. `whole`: aligned pieces of up to 16 bytes are valid or not as a whole.
 template <int n>
-__device__ void load_run(uint32_t (&to)[n], const uint16_t* from, int valid, bool whole) {
-    constexpr int kPiece = n < 4 ? n : 4;  // of two values each
+__device__ void store_run(float* to, const float (&from)[n], int valid, bool whole) {
+    if (n >= 4 && whole) {
 #pragma unroll
-    for (int i = 0; i < n; ++i) to[i] = 0;
-    if (whole) {
-#pragma unroll
-        for (int i = 0; i < n; i += kPiece) {
-            if (2 * i >= valid) continue;
-            const void* const at = from + 2 * i;
-            if constexpr (kPiece == 4) {
-                const uint4 v = *static_cast<const uint4*>(at);
-                to[i] = v.x, to[i + 1] = v.y, to[i + 2] = v.z, to[i + 3] = v.w;
-            } else if constexpr (kPiece == 2) {
-                const uint2 v = *static_cast<const uint2*>(at);
-                to[i] = v.x, to[i + 1] = v.y;
-            } else {
-                to[i] = *static_cast<const uint32_t*>(at);
-            }
+        for (int i = 0; i + 3 < n; i += 4) {
+            if (i < valid) *reinterpret_cast<float4*>(to + i) = {from[i], from[i + 1], from[i + 2], from[i + 3]};
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < 2 * n; ++i) {
-            if (i < valid) to[i / 2] |= uint32_t(from[i]) << i % 2 * 16;
-        }
-    }
-}
-
-// The first `valid` of a run of values, likewise.
-template <int n>
-__device__ void store_run(float* to, const float (&from)[n], int valid, bool whole) {
-    if (!whole || n == 1) {
-#pragma unroll
         for (int i = 0; i < n; ++i) {
             if (i < valid) to[i] = from[i];
-        }
-    } else if (valid > 0) {
-        if constexpr (n == 2) {
-            *reinterpret_cast<float2*>(to) = {from[0], from[1]};
-        } else if constexpr (n >= 4) {
-#pragma unroll
-            for (int i = 0; i < n; i += 4) {
-                *reinterpret_cast<float4*>(to + i) = {from[i], from[i + 1], from[i + 2], from[i + 3]};
-            }
         }
     }
 }
@@ -146,9 +113,9 @@ struct Multiply {
     const uint32_t cluster, empty;
     uint64_t a, b;      // the operands of stage 0
     Ring ring;
-    int held = 0, oldest = 0;  // stages whose products may still run
+    int last;  // the stage whose products may still run
     Pair<E> h[2][R / 8];
-    uint32_t pi[2][kExperts / 2];  // of the next group to be summed
+    uint16_t pi[2][kExperts];  // of the group
     float scale[kExperts];
     float dh[2][R / 8][2] = {};
 
@@ -176,57 +143,45 @@ struct Multiply {
         for (int e = 0; e < kExperts; ++e) {
             scale[e] = p.scale && e < valid ? to_float(static_cast<const E*>(p.scale)[first + e]) : 1.0f;
         }
-        load_pi(0);
     }
 
+    // Fetched while the products run.
     __device__ void load_pi(int group) {
+        if (!p.dh) return;
+        const int tiles = (p.tokens + 63) / 64, tile = min(token / 64, tiles - 1);  // the grid is whole clusters
+        const uint16_t* const at =
+            p.pi_tiles + ((int64_t(group) * tiles + tile) * p.tile_experts + first) * 64 + token % 64;
 #pragma unroll
-        for (int row = 0; row < 2; ++row) {
-            const int t = token + 8 * row;
-            load_run(pi[row],
-                     static_cast<const uint16_t*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + first,
-                     t < p.tokens ? valid : 0, p.whole_runs);
-        }
-    }
-
-    // Give the oldest stages back until `count` are left.
-    __device__ void release(int count) {
-#pragma unroll 1
-        for (; held > count; --held) {
-            if (lane < int(cluster)) cluster_arrive(empty + 8 * oldest);
-            oldest = oldest + 1 == kStages ? 0 : oldest + 1;
-        }
-    }
-
-    __device__ void issue(Accumulators& c, bool accumulate) {
-        const uint64_t dout = advanced(a, ring.stage * kStageBytes), weights = advanced(b, ring.stage * kStageBytes);
-        barrier_wait(full + ring.stage, ring.parity);
-        wgmma_fence();
+        for (int e = 0; e < kExperts; ++e) {
 #pragma unroll
-        for (int k = 0; k < kDepth / 16; ++k) {  // 16 outputs: 32 bytes of a row of dout, 16 rows of 128 bytes of B
-            wgmma<E, 0, 1>(c, advanced(dout, 32 * k), advanced(weights, 2048 * k), accumulate || k > 0);
+            for (int row = 0; row < 2; ++row) pi[row][e] = at[e * 64 + 8 * row];
         }
-        wgmma_commit();
-        ++held;
-        ring.advance(kStages);
     }
 
-    // The first products of a group, left running.
-    __device__ void start(Accumulators& c, int group) {
-        const int steps = group < p.groups ? p.ahead : 0;
-        for (int step = 0; step < steps; ++step) issue(c, step > 0);
+    __device__ void release() {
+        if (lane < int(cluster)) cluster_arrive(empty + 8 * last);
     }
-    // The others, to the end.
-    __device__ void finish(Accumulators& c, int group) {
-        const int steps = group < p.groups ? p.steps : 0;
-        for (int step = p.ahead; step < steps; ++step) {
-            issue(c, step > 0);
-            wgmma_wait<1>();
-            release(1);
+
+    __device__ void multiply(Accumulators& c) {
+        for (int step = 0; step < p.steps; ++step) {
+            const uint64_t dout = advanced(a, ring.stage * kStageBytes), weights = advanced(b, ring.stage * kStageBytes);
+            barrier_wait(full + ring.stage, ring.parity);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kDepth / 16; ++k) {  // 16 outputs: 32 bytes of a row of dout, 16 rows of 128 bytes of B
+                wgmma<E, 0, 1>(c, advanced(dout, 32 * k), advanced(weights, 2048 * k), step > 0 || k > 0);
+            }
+            wgmma_commit();
+            if (step > 0) {
+                wgmma_wait<1>();
+                release();
+            }
+            last = ring.stage;
+            ring.advance(kStages);
         }
         wgmma_wait<0>();
         pin(c);
-        release(0);
+        release();
         if (valid < kExperts) {  // 0 times an infinity would not be nothing
 #pragma unroll
             for (int i = 0; i < kColumns / 2; ++i) {
@@ -257,11 +212,9 @@ struct Multiply {
             for (int e = 0; e < kExperts; ++e) {
 #pragma unroll
                 for (int row = 0; row < 2; ++row) {
-                    const uint16_t bits = uint16_t(pi[row][e / 2] >> e % 2 * 16);
-                    weight[row][e] = to_float(bits_as<E>(bits)) * scale[e];  // times 1 changes nothing
+                    weight[row][e] = to_float(bits_as<E>(pi[row][e])) * scale[e];  // times 1 changes nothing
                 }
             }
-            load_pi(min(group + 1, p.groups - 1));
 #pragma unroll
             for (int i = 0; i < R / 2; ++i) {
                 const int row = i / 2 % 2, b = i % 2, j = i / 4;
@@ -275,18 +228,12 @@ struct Multiply {
         }
     }
 
-    // While the sums of a group are taken, the first products of the next one run.
     __device__ void run() {
-        Accumulators even, odd;
-        start(even, 0);
-        finish(even, 0);
-        for (int group = 0; group < p.groups; group += 2) {
-            start(odd, group + 1);
-            sum(even, group);
-            finish(odd, group + 1);
-            start(even, group + 2);
-            if (group + 1 < p.groups) sum(odd, group + 1);
-            finish(even, group + 2);
+        for (int group = 0; group < p.groups; ++group) {
+            load_pi(group);
+            Accumulators c;
+            multiply(c);
+            sum(c, group);
         }
         if (!p.dh) return;
 #pragma unroll
@@ -346,11 +293,9 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
 
     const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == kWarpgroups) {
-        shrink_registers<24>();
         if (threadIdx.x == 128 * kWarpgroups) load(p, tiles, full, empty, first_token);
-    } else {
-        grow_registers<240>();
-        if (warpgroup < warpgroups) Multiply<E, R>(p, tiles, full, empty, first_token).run();
+    } else if (warpgroup < warpgroups) {
+        Multiply<E, R>(p, tiles, full, empty, first_token).run();
     }
     cluster_sync();  // the others may still signal this block's barriers
 }
@@ -365,7 +310,7 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
                         {{size, 1, kDepth}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});
     p.b_tiles = static_cast<const char*>(w.b_tiles);
     p.h = f.h.data;
-    p.pi = f.pi.data;
+    p.pi_tiles = static_cast<const uint16_t*>(w.pi_tiles);
     p.scale = f.expert_scale.data;
     p.dw = w.dw;
     p.dh = w.dh;
@@ -376,9 +321,8 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     p.blocks = int(ceil_div(f.experts * R, kColumns));
     p.tile_blocks = weight_blocks(f);
     p.per_block = p.blocks == 1 || tiles * p.blocks <= multiprocessors() ? 1 : kWarpgroups;
-    p.ahead = std::min(getenv("CON_AHEAD") ? atoi(getenv("CON_AHEAD")) : 2, p.steps);
-    const int64_t piece = std::min<int64_t>(8, kColumns / R);
-    p.whole_runs = f.experts % piece == 0 && reinterpret_cast<uintptr_t>(f.pi.data) % 16 == 0;
+    p.tile_experts = tile_experts(f);
+    p.whole_runs = f.experts % 4 == 0;
     const dim3 grid(unsigned(ceil_div(tiles, cluster) * cluster), unsigned(ceil_div(p.blocks, p.per_block)));
     launch<contract_kernel<E, R>>("routed_lora contract", grid, kThreads, kSharedBytes, f.stream, true, p, cluster);
 }

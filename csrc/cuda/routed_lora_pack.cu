@@ -13,7 +13,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTileUnits = kWeightTileBytes / 16;
-constexpr int kPitch = 33;  // of a token's experts in shared memory: 32 tokens touch different banks
+constexpr int kRun = 4;  // experts of pi a thread moves; padded_experts holds whole runs
 
 struct PackArgs {
     const uint4* b;
@@ -22,7 +22,8 @@ struct PackArgs {
     uint32_t* pi_tiles;
     int tokens, groups, group_size, experts, rank;
     int steps, blocks;  // tiles of B in a group
-    int padded_experts;
+    int tiles, padded_experts;  // of pi: of 64 tokens
+    bool whole_runs;            // of pi: aligned, and experts or not as a whole
     int b_blocks, b_units;  // of the grid, and of 16 bytes
 };
 
@@ -40,8 +41,31 @@ __device__ inline void pack_b(const PackArgs& p, int unit) {
     p.b_tiles[int64_t(tile) * kTileUnits + (swizzled<128>(uint32_t(within % 512 * 16)) >> 4) + within / 512 * 512] = v;
 }
 
+// One unit of a warp: 64 tokens, two a lane, of kRun experts.
+__device__ inline void pack_pi(const PackArgs& p, int unit) {
+    const int runs = p.padded_experts / kRun, expert = unit % runs * kRun, group = unit / runs % p.groups;
+    const int tile = unit / runs / p.groups, lane = threadIdx.x % 32;
+    if (tile >= p.tiles) return;
+    uint16_t v[2][kRun];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int token = tile * 64 + 2 * lane + i;
+        const uint16_t* const from = p.pi + (int64_t(token) * p.groups + group) * p.experts + expert;
+        if (p.whole_runs) {
+            uint2 run = {0, 0};
+            if (token < p.tokens && expert < p.experts) run = *reinterpret_cast<const uint2*>(from);
+            memcpy(v[i], &run, sizeof(run));
+        } else {
+#pragma unroll
+            for (int e = 0; e < kRun; ++e) v[i][e] = token < p.tokens && expert + e < p.experts ? from[e] : uint16_t(0);
+        }
+    }
+    uint32_t* const to = p.pi_tiles + ((int64_t(group) * p.tiles + tile) * p.padded_experts + expert) * 32 + lane;
+#pragma unroll
+    for (int e = 0; e < kRun; ++e) to[e * 32] = v[0][e] | uint32_t(v[1][e]) << 16;
+}
+
 __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs p) {
-    extern __shared__ uint16_t staged[];  // [64 tokens][kPitch]
     grid_dependency_wait();
     launch_dependents();
     if (int(blockIdx.x) < p.b_blocks) {
@@ -49,20 +73,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs p) {
         if (unit < p.b_units) pack_b(p, unit);
         return;
     }
-    const int block = int(blockIdx.x) - p.b_blocks, group = block % p.groups, tile = block / p.groups;
-    const int tokens = min(64, p.tokens - tile * 64);
-    const uint16_t* const from = p.pi + (int64_t(tile) * 64 * p.groups + group) * p.experts;
-    for (int i = threadIdx.x; i < 64 * p.padded_experts; i += kThreads) {
-        const int token = i / p.padded_experts, expert = i % p.padded_experts;
-        const bool live = token < tokens && expert < p.experts;
-        staged[token * kPitch + expert] = live ? from[int64_t(token) * p.groups * p.experts + expert] : uint16_t(0);
-    }
-    __syncthreads();
-    uint32_t* const to = p.pi_tiles + (int64_t(group) * ((p.tokens + 63) / 64) + tile) * p.padded_experts * 32;
-    for (int i = threadIdx.x; i < 32 * p.padded_experts; i += kThreads) {
-        const uint16_t* const pair = staged + i % 32 * 2 * kPitch + i / 32;
-        to[i] = pair[0] | uint32_t(pair[kPitch]) << 16;
-    }
+    pack_pi(p, (int(blockIdx.x) - p.b_blocks) * (kThreads / 32) + int(threadIdx.x) / 32);
 }
 
 }  // namespace
@@ -80,12 +91,14 @@ void pack(const RoutedLoraBwd& f, const Buffers& w) {
     p.rank = int(f.rank);
     p.steps = int(ceil_div(p.group_size, 64));
     p.blocks = weight_blocks(f);
+    p.tiles = int(ceil_div(f.tokens, 64));
     p.padded_experts = tile_experts(f);
+    p.whole_runs = f.experts % kRun == 0 && reinterpret_cast<uintptr_t>(f.pi.data) % 8 == 0;
     if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * kTileUnits;
     p.b_blocks = int(ceil_div(p.b_units, kThreads));
-    const int64_t pi_blocks = w.pi_tiles ? ceil_div(f.tokens, 64) * f.groups : 0;
-    launch<pack_kernel>("routed_lora pack", dim3(unsigned(p.b_blocks + pi_blocks)), kThreads, 64 * kPitch * 2, f.stream,
-                        true, p);
+    const int64_t pi_units = w.pi_tiles ? p.tiles * f.groups * (p.padded_experts / kRun) : 0;
+    const int64_t blocks = p.b_blocks + ceil_div(pi_units, kThreads / 32);
+    launch<pack_kernel>("routed_lora pack", dim3(unsigned(blocks)), kThreads, 0, f.stream, true, p);
 }
 
 }  // namespace mtlora::cuda
