@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
@@ -192,7 +193,7 @@ void routed_lora_bwd(const RoutedLoraBwd& f) {
     const Buffers w = carve(f, carver);
     pack(f, w);
     if (w.dw || w.dh) {
-        contract(f, w);
+        (getenv("CON_TALL") ? contract_tall : contract)(f, w);
         route(f, w);
     }
     if (f.dlora_b.data) grad_b(f, w);

@@ -22,6 +22,7 @@ constexpr int kWeightTileBytes = 64 * 128 * 2;
 
 void pack(const RoutedLoraBwd& f, const Buffers& w);       // B and pi into tiles
 void contract(const RoutedLoraBwd& f, const Buffers& w);   // d(w) and the parts of d(h), from dout and B
+void contract_tall(const RoutedLoraBwd& f, const Buffers& w);
 void route(const RoutedLoraBwd& f, const Buffers& w);      // d(h) and d(logits) as rows, d(pi)
 void grad_b(const RoutedLoraBwd& f, const Buffers& w);     // d(lora_b), from dout, h and pi
 void grad_rows(const RoutedLoraBwd& f, const Buffers& w);  // d(lora_a) and d(router), from the rows and x
