@@ -22,7 +22,6 @@ constexpr int kWeightTileBytes = 64 * 128 * 2;
 
 void pack(const RoutedLoraBwd& f, const Buffers& w);       // B and pi into tiles
 void contract(const RoutedLoraBwd& f, const Buffers& w);   // d(w) and the parts of d(h), from dout and B
-void contract_tall(const RoutedLoraBwd& f, const Buffers& w);
 void route(const RoutedLoraBwd& f, const Buffers& w);      // d(h) and d(logits) as rows, d(pi)
 void grad_b(const RoutedLoraBwd& f, const Buffers& w);     // d(lora_b), from dout, h and pi
 void grad_rows(const RoutedLoraBwd& f, const Buffers& w);  // d(lora_a) and d(router), from the rows and x
@@ -32,9 +31,9 @@ void grad_x(const RoutedLoraBwd& f, const Buffers& w);     // from the rows, A a
 inline int padded_rank(const RoutedLoraBwd& f) {
     return f.rank < 16 ? 16 : int(f.rank);
 }
-// 16 bytes aligned, as TMA wants it.
+// 128 bytes: a row of a TMA box is one line of L2.
 inline int64_t row_pitch(const RoutedLoraBwd& f) {
-    return ceil_div(padded_rank(f) + (f.router.data ? f.groups * f.experts : 0), 8) * 8;
+    return ceil_div(padded_rank(f) + (f.router.data ? f.groups * f.experts : 0), 64) * 64;
 }
 // Blocks of 128 columns, experts x rank, in pairs.
 inline int weight_blocks(const RoutedLoraBwd& f) {

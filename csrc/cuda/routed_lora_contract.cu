@@ -1,12 +1,10 @@
 // contract: C_g = dout_g B_flat[g]^T, from which d(w) and d(h) follow without C leaving the registers.
 //
 // A block owns 64 tokens and two blocks of 128 columns (experts x rank), one for each multiplying warpgroup; a warp
-// copies tiles of 64 outputs by TMA. Every block of a cluster needs the same part of B: each loads a share and sends
-// it to all.
+// copies tiles of 64 outputs by TMA. The warpgroups fall out of step by themselves: one multiplies while the other
+// sums.
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <cstdlib>
 #include <stdexcept>
 
 #include "cuda/cluster.cuh"
@@ -22,10 +20,8 @@ constexpr int kTokens = 64, kDepth = 64;  // depth: outputs a step, 128 bytes
 constexpr int kColumns = 128;             // of a warpgroup: one block of the sum over experts in the reference
 constexpr int kWarpgroups = 2;
 constexpr int kThreads = 128 * kWarpgroups + 32;
-constexpr int kStages = 5;
 constexpr int kDoutBytes = kTokens * kDepth * 2;
-constexpr int kStageBytes = kDoutBytes + kWarpgroups * kWeightTileBytes;
-constexpr int kSharedBytes = 1024 + kStages * kStageBytes + 2 * kStages * 8;
+constexpr int kMaxStages = 9;
 
 struct ContractArgs {
     CUtensorMap dout;
@@ -37,8 +33,9 @@ struct ContractArgs {
     int steps;                // tiles of outputs in a group
     int blocks, tile_blocks;  // of columns: live ones, those in b_tiles
     int per_block;            // a block's: one for each multiplying warpgroup
-    int tile_experts;         // in pi_tiles
-    bool whole_runs;          // of experts in d(w): see store_run
+    int stages, stage_bytes;
+    int tile_experts;  // in pi_tiles
+    bool whole_runs;   // of experts in d(w): see store_run
 };
 
 // s[:n/2] + s[n/2:] until one is left.
@@ -108,10 +105,9 @@ struct Multiply {
     using Accumulators = float[kColumns / 2];  // c[4 j + 2 row + b] is column 8 j + 2 q + b
 
     const ContractArgs& p;
-    uint64_t* const full;
+    uint64_t *const full, *const empty;
     const int lane, block, first, valid, token;  // first and valid: experts
-    const uint32_t cluster, empty;
-    uint64_t a, b;      // the operands of stage 0
+    uint64_t a, b;                               // the operands of stage 0
     Ring ring;
     int last;  // the stage whose products may still run
     Pair<E> h[2][R / 8];
@@ -122,20 +118,20 @@ struct Multiply {
     __device__ Multiply(const ContractArgs& p, const char* tiles, uint64_t* full, uint64_t* empty, int first_token)
         : p(p),
           full(full),
+          empty(empty),
           lane(threadIdx.x % 32),
           block(int(blockIdx.y) * p.per_block + uniform(threadIdx.x / 128)),
           first(block * kExperts),
           valid(min(kExperts, p.experts - first)),
-          token(first_token + threadIdx.x / 32 % 4 * 16 + lane / 4),
-          cluster(cluster_size()),
-          empty(cluster_address(empty, lane < int(cluster) ? lane : 0)) {
+          token(first_token + threadIdx.x / 32 % 4 * 16 + lane / 4) {
         const char* const weights = tiles + kDoutBytes + uniform(threadIdx.x / 128) * kWeightTileBytes;
         a = smem_descriptor(tiles, 16, 1024, Swizzle::b128);
         b = smem_descriptor(weights, kWeightTileBytes / 2, 1024, Swizzle::b128);
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             const int t = token + 8 * row;
-            const Pair<E>* at = reinterpret_cast<const Pair<E>*>(static_cast<const E*>(p.h) + int64_t(t) * R) + lane % 4;
+            const Pair<E>* at =
+                reinterpret_cast<const Pair<E>*>(static_cast<const E*>(p.h) + int64_t(t) * R) + lane % 4;
 #pragma unroll
             for (int j = 0; j < R / 8; ++j) h[row][j] = t < p.tokens ? at[4 * j] : Pair<E>();
         }
@@ -148,9 +144,8 @@ struct Multiply {
     // Fetched while the products run.
     __device__ void load_pi(int group) {
         if (!p.dh) return;
-        const int tiles = (p.tokens + 63) / 64, tile = min(token / 64, tiles - 1);  // the grid is whole clusters
-        const uint16_t* const at =
-            p.pi_tiles + ((int64_t(group) * tiles + tile) * p.tile_experts + first) * 64 + token % 64;
+        const int64_t tile = int64_t(group) * gridDim.x + blockIdx.x;
+        const uint16_t* const at = p.pi_tiles + (tile * p.tile_experts + first) * 64 + token % 64;
 #pragma unroll
         for (int e = 0; e < kExperts; ++e) {
 #pragma unroll
@@ -159,12 +154,13 @@ struct Multiply {
     }
 
     __device__ void release() {
-        if (lane < int(cluster)) cluster_arrive(empty + 8 * last);
+        if (lane == 0) barrier_arrive(empty + last);
     }
 
     __device__ void multiply(Accumulators& c) {
         for (int step = 0; step < p.steps; ++step) {
-            const uint64_t dout = advanced(a, ring.stage * kStageBytes), weights = advanced(b, ring.stage * kStageBytes);
+            const uint32_t stage = ring.stage * p.stage_bytes;
+            const uint64_t dout = advanced(a, stage), weights = advanced(b, stage);
             barrier_wait(full + ring.stage, ring.parity);
             wgmma_fence();
 #pragma unroll
@@ -177,7 +173,7 @@ struct Multiply {
                 release();
             }
             last = ring.stage;
-            ring.advance(kStages);
+            ring.advance(p.stages);
         }
         wgmma_wait<0>();
         pin(c);
@@ -250,24 +246,19 @@ struct Multiply {
 
 // Tiles of both, one thread.
 __device__ inline void load(const ContractArgs& p, char* tiles, uint64_t* full, uint64_t* empty, int first_token) {
-    const uint32_t cluster = cluster_size(), bytes = uint32_t(p.per_block) * kWeightTileBytes, share = bytes / cluster;
-    const uint16_t all = uint16_t((1u << cluster) - 1);
+    const uint32_t bytes = uint32_t(p.per_block) * kWeightTileBytes;
     const int64_t pitch = int64_t(p.tile_blocks) * kWeightTileBytes;  // of a step
-    const uint32_t mine = cluster_rank() * share;
-    const char* from = p.b_tiles + int64_t(blockIdx.y) * bytes + mine;
+    const char* from = p.b_tiles + int64_t(blockIdx.y) * bytes;
     Ring ring;
     for (int group = 0; group < p.groups; ++group) {
         for (int step = 0; step < p.steps; ++step, from += pitch) {
-            char* const tile = tiles + ring.stage * kStageBytes;
+            char* const tile = tiles + ring.stage * p.stage_bytes;
             uint64_t* const barrier = full + ring.stage;
             barrier_wait(empty + ring.stage, ring.parity ^ 1);
             barrier_expect(barrier, kDoutBytes + bytes);
             tma_load(tile, &p.dout, barrier, step * kDepth, group, first_token);
-            if (cluster == 1)
-                bulk_load(tile + kDoutBytes, from, share, barrier);
-            else
-                bulk_load_multicast(tile + kDoutBytes + mine, from, share, barrier, all);
-            ring.advance(kStages);
+            bulk_load(tile + kDoutBytes, from, bytes, barrier);
+            ring.advance(p.stages);
         }
     }
 }
@@ -276,18 +267,18 @@ template <class E, int R>
 __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_constant__ ContractArgs p) {
     extern __shared__ char raw[];
     char* const tiles = raw + (1024 - smem_address(raw) % 1024) % 1024;
-    uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + kStages * kStageBytes);
-    uint64_t* const empty = full + kStages;
+    uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + p.stages * p.stage_bytes);
+    uint64_t* const empty = full + p.stages;
     const int warpgroups = min(p.per_block, p.blocks - int(blockIdx.y) * p.per_block);
     const int first_token = int(blockIdx.x) * kTokens;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < kStages; ++s) {
+        for (int s = 0; s < p.stages; ++s) {
             barrier_init(full + s, 1);
-            barrier_init(empty + s, 4 * uint32_t(warpgroups) * cluster_size());
+            barrier_init(empty + s, 4 * uint32_t(warpgroups));
         }
         barrier_init_fence();
     }
-    cluster_sync();
+    __syncthreads();
     grid_dependency_wait();
     launch_dependents();
 
@@ -297,14 +288,11 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
     } else if (warpgroup < warpgroups) {
         Multiply<E, R>(p, tiles, full, empty, first_token).run();
     }
-    cluster_sync();  // the others may still signal this block's barriers
 }
 
 template <class E, int R>
 void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups, tiles = ceil_div(f.tokens, kTokens);
-    const int most = getenv("CON_CLUSTER") ? atoi(getenv("CON_CLUSTER")) : 2;
-    const int cluster = tiles >= most ? most : 1;
     ContractArgs p = {};
     p.dout = tensor_map(f.dout.data, f.compute_dtype,
                         {{size, 1, kDepth}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});
@@ -323,8 +311,11 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     p.per_block = p.blocks == 1 || tiles * p.blocks <= multiprocessors() ? 1 : kWarpgroups;
     p.tile_experts = tile_experts(f);
     p.whole_runs = f.experts % 4 == 0;
-    const dim3 grid(unsigned(ceil_div(tiles, cluster) * cluster), unsigned(ceil_div(p.blocks, p.per_block)));
-    launch<contract_kernel<E, R>>("routed_lora contract", grid, kThreads, kSharedBytes, f.stream, true, p, cluster);
+    p.stage_bytes = kDoutBytes + p.per_block * kWeightTileBytes;
+    const auto bytes = [&] { return 1024 + p.stages * (p.stage_bytes + 16); };
+    for (p.stages = kMaxStages; bytes() > kMaxSharedBytes;) --p.stages;
+    const dim3 grid(unsigned(tiles), unsigned(ceil_div(p.blocks, p.per_block)));
+    launch<contract_kernel<E, R>>("routed_lora contract", grid, kThreads, bytes(), f.stream, true, p);
 }
 
 template <class E>

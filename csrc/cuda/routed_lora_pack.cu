@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTileUnits = kWeightTileBytes / 16;
-constexpr int kRun = 4;  // experts of pi a thread moves; padded_experts holds whole runs
+constexpr int kSlabColumns = 128;         // groups x experts of pi in shared memory
+constexpr int kPitch = kSlabColumns + 1;  // of a token's: the tokens of a warp touch different banks
 
 struct PackArgs {
     const uint4* b;
@@ -21,10 +22,10 @@ struct PackArgs {
     uint4* b_tiles;
     uint32_t* pi_tiles;
     int tokens, groups, group_size, experts, rank;
-    int steps, blocks;  // tiles of B in a group
+    int steps, blocks;          // tiles of B in a group
     int tiles, padded_experts;  // of pi: of 64 tokens
-    bool whole_runs;            // of pi: aligned, and experts or not as a whole
-    int b_blocks, b_units;  // of the grid, and of 16 bytes
+    int slabs, slab_groups;     // of groups, as many as fit
+    int b_blocks, b_units;      // of the grid, and of 16 bytes
 };
 
 // One unit: eight columns of one output.
@@ -41,28 +42,31 @@ __device__ inline void pack_b(const PackArgs& p, int unit) {
     p.b_tiles[int64_t(tile) * kTileUnits + (swizzled<128>(uint32_t(within % 512 * 16)) >> 4) + within / 512 * 512] = v;
 }
 
-// One unit of a warp: 64 tokens, two a lane, of kRun experts.
-__device__ inline void pack_pi(const PackArgs& p, int unit) {
-    const int runs = p.padded_experts / kRun, expert = unit % runs * kRun, group = unit / runs % p.groups;
-    const int tile = unit / runs / p.groups, lane = threadIdx.x % 32;
-    if (tile >= p.tiles) return;
-    uint16_t v[2][kRun];
+// 64 tokens of a few groups, `slab` of a tile: read along the experts, written along the tokens.
+__device__ inline void pack_pi(const PackArgs& p, int tile, int slab) {
+    extern __shared__ uint16_t staged[];  // [64 tokens][kPitch]
+    const int group = slab * p.slab_groups, groups = min(p.slab_groups, p.groups - group);
+    const int columns = groups * p.experts;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const int token = tile * 64 + 2 * lane + i;
-        const uint16_t* const from = p.pi + (int64_t(token) * p.groups + group) * p.experts + expert;
-        if (p.whole_runs) {
-            uint2 run = {0, 0};
-            if (token < p.tokens && expert < p.experts) run = *reinterpret_cast<const uint2*>(from);
-            memcpy(v[i], &run, sizeof(run));
-        } else {
+    for (int i = 0; i < 64; i += kThreads / 32) {
+        const int row = i + warp, token = tile * 64 + row;
+        const uint16_t* const from = p.pi + (int64_t(token) * p.groups + group) * p.experts;
 #pragma unroll
-            for (int e = 0; e < kRun; ++e) v[i][e] = token < p.tokens && expert + e < p.experts ? from[e] : uint16_t(0);
+        for (int first = 0; first < kSlabColumns; first += 32) {
+            const int column = first + lane;
+            const bool live = token < p.tokens && column < columns;
+            staged[row * kPitch + column] = live ? from[column] : uint16_t(0);
         }
     }
-    uint32_t* const to = p.pi_tiles + ((int64_t(group) * p.tiles + tile) * p.padded_experts + expert) * 32 + lane;
-#pragma unroll
-    for (int e = 0; e < kRun; ++e) to[e * 32] = v[0][e] | uint32_t(v[1][e]) << 16;
+    __syncthreads();
+    for (int i = warp; i < groups * p.padded_experts; i += kThreads / 32) {
+        const int g = i / p.padded_experts, expert = i - g * p.padded_experts;
+        const uint16_t* const pair = staged + 2 * lane * kPitch + g * p.experts + expert;
+        const bool live = expert < p.experts;
+        uint32_t* const to = p.pi_tiles + ((int64_t(group + g) * p.tiles + tile) * p.padded_experts + expert) * 32;
+        to[lane] = live ? pair[0] | uint32_t(pair[kPitch]) << 16 : 0;
+    }
 }
 
 __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs p) {
@@ -73,7 +77,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs p) {
         if (unit < p.b_units) pack_b(p, unit);
         return;
     }
-    pack_pi(p, (int(blockIdx.x) - p.b_blocks) * (kThreads / 32) + int(threadIdx.x) / 32);
+    const int block = int(blockIdx.x) - p.b_blocks;
+    pack_pi(p, block / p.slabs, block % p.slabs);
 }
 
 }  // namespace
@@ -93,12 +98,12 @@ void pack(const RoutedLoraBwd& f, const Buffers& w) {
     p.blocks = weight_blocks(f);
     p.tiles = int(ceil_div(f.tokens, 64));
     p.padded_experts = tile_experts(f);
-    p.whole_runs = f.experts % kRun == 0 && reinterpret_cast<uintptr_t>(f.pi.data) % 8 == 0;
+    p.slab_groups = kSlabColumns / int(f.experts);
+    p.slabs = int(ceil_div(f.groups, p.slab_groups));
     if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * kTileUnits;
     p.b_blocks = int(ceil_div(p.b_units, kThreads));
-    const int64_t pi_units = w.pi_tiles ? p.tiles * f.groups * (p.padded_experts / kRun) : 0;
-    const int64_t blocks = p.b_blocks + ceil_div(pi_units, kThreads / 32);
-    launch<pack_kernel>("routed_lora pack", dim3(unsigned(blocks)), kThreads, 0, f.stream, true, p);
+    const int64_t blocks = p.b_blocks + (w.pi_tiles ? int64_t(p.tiles) * p.slabs : 0);
+    launch<pack_kernel>("routed_lora pack", dim3(unsigned(blocks)), kThreads, 64 * kPitch * 2, f.stream, true, p);
 }
 
 }  // namespace mtlora::cuda
