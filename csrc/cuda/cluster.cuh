@@ -19,6 +19,10 @@ __device__ inline uint32_t cluster_address(const void* p, uint32_t rank) {
     return address;
 }
 
+__device__ inline void cluster_arrive(uint32_t barrier_address) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_address) : "memory");
+}
+
 // A run of bytes, a multiple of 16, to shared memory; the second to the same place in every block of the cluster in
 // `blocks` (a bit each), completing on the barrier of each.
 __device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {

@@ -12,7 +12,7 @@ namespace mtlora::cuda {
 struct Buffers {
     float* dw;          // [T, G, N]; pi d(w) after `route` where d(expert_scale) is asked for
     float* dh;          // [blocks of 128 columns, T, rank]
-    void* rows;         // [T, row_pitch]: d(h), zeros up to padded_rank, d(logits) from a line of L2 on
+    void* rows;         // [T, row_pitch]: d(h), zeros up to padded_rank, d(logits)
     void* b_tiles;      // [G, steps of 64 outputs, weight_blocks]: 64 outputs by 128 columns, as wgmma reads them
     void* pi_tiles;     // [G, tiles of 64 tokens, tile_experts, 64]
     float* chunk_sums;  // [chunks of tokens, columns, features] of d(lora_b), then of the rows' product
@@ -36,9 +36,9 @@ inline int padded_rank(const RoutedLoraBwd& f) {
 inline int row_width(const RoutedLoraBwd& f) {
     return f.router.data ? padded_rank(f) + int(f.groups * f.experts) : int(f.rank);
 }
-// Whole lines of L2, 64 columns each; d(h) is the end of the first.
+// 128 bytes, 64 columns: a row of a TMA box is one line of L2 (75 to 64 us for grad_rows at G = 32).
 inline int64_t row_pitch(const RoutedLoraBwd& f) {
-    return f.router.data ? 64 + ceil_div(f.groups * f.experts, 64) * 64 : 64;
+    return ceil_div(padded_rank(f) + (f.router.data ? f.groups * f.experts : 0), 64) * 64;
 }
 // Partial sums over tokens, of the larger of the two products that have any.
 inline int64_t chunk_sums(const RoutedLoraBwd& f) {

@@ -46,7 +46,6 @@ struct TokenArgs {
     int feature_tiles, group_size, groups, experts, tile_experts, rank;
     int width;          // columns of the product
     int block_columns;  // of a block
-    int shift;          // tiles of columns start so many before column 0
 };
 
 struct AddArgs {
@@ -74,7 +73,7 @@ __device__ TokenTile token_tile(const TokenArgs& p) {
     t.chunk = int(blockIdx.z);
     t.token = t.chunk * p.chunk;
     t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
-    t.columns = min(p.block_columns, p.shift + p.width - t.column);
+    t.columns = min(p.block_columns, p.width - t.column);
     return t;
 }
 
@@ -106,7 +105,7 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
         }
         for (int box = 0; box < boxes; ++box) {
             tma_load(stage + kFeatureBytes<BF> + box * kBoxBytes, &p.columns, barrier,
-                     mixed ? 0 : t.column + box * 64 - p.shift, token);
+                     mixed ? 0 : t.column + box * 64, token);
         }
         if constexpr (mixed) {
             bulk_load(stage + kFeatureBytes<BF> + h_bytes, weights, uint32_t(weight_bytes), barrier);
@@ -176,12 +175,12 @@ struct MixedH {
 template <int BF>
 __device__ void store_sums(const TokenArgs& p, const TokenTile& t, int tile, const float (&c)[BF / 2]) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    const int column = t.column + 64 * tile + 16 * warp + lane / 4 - p.shift, feature = t.feature + lane % 4 * 2;
+    const int column = t.column + 64 * tile + 16 * warp + lane / 4, feature = t.feature + lane % 4 * 2;
     const int64_t pitch = int64_t(p.groups) * p.group_size;
     float* const to = p.sums + (int64_t(t.chunk) * p.width + column) * pitch + t.group * p.group_size + feature;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
-        if (column + 8 * row < 0 || column + 8 * row >= p.width) continue;
+        if (column + 8 * row >= p.width) continue;
 #pragma unroll
         for (int j = 0; j < BF / 8; ++j) {
             if (feature + 8 * j < p.group_size) {
@@ -376,7 +375,7 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int n
     p.rank = int(f.rank);
     p.tile_experts = tile_experts(f);
     p.feature_tiles = int(ceil_div(p.group_size, BF));
-    const dim3 grid(unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.shift + p.width, p.block_columns)),
+    const dim3 grid(unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, p.block_columns)),
                     unsigned(ceil_div(f.tokens, f.token_chunk)));
     const int shared = 1024 + p.stages * p.stage_bytes + barrier_bytes;
     launch<token_kernel<E, mixed, BF>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
@@ -387,7 +386,7 @@ void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int
     auto padded = [&](int features) { return ceil_div(p.group_size, features) * features; };
     auto few = [&](int features) {
         return ceil_div(f.tokens, f.token_chunk) * p.groups * ceil_div(p.group_size, features) *
-                   ceil_div(p.shift + p.width, p.block_columns) <
+                   ceil_div(p.width, p.block_columns) <
                multiprocessors() * 3 / 4;
     };
     // Narrower where the group's tail would waste products, and where blocks would be too few.
@@ -443,9 +442,7 @@ void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     p.sums = w.chunk_sums;
     p.group_size = int(f.d_in);
     p.groups = 1;
-    // Tiles of d(logits) start on a line of L2, so that a row of a copy is one line: 75 to 64 us at G = 32.
-    p.shift = p.width > 64 ? 64 - padded_rank(f) : 0;
-    const int64_t tiles = ceil_div(p.shift + p.width, 64);
+    const int64_t tiles = ceil_div(p.width, 64);
     p.block_columns = int(ceil_div(tiles, ceil_div(tiles, Plan<false>::kColumns / 64))) * 64;  // the same for each
     choose_features<E, false>("routed_lora grad_rows", p, f, p.block_columns / 64 * kBoxBytes);
     AddArgs a = {};

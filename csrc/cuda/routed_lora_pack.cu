@@ -13,7 +13,8 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kTileUnits = kWeightTileBytes / 16;
-constexpr int kPitch = 33;  // of a token's experts in shared memory: 32 tokens touch different banks
+constexpr int kSlabColumns = 128;         // groups x experts of pi in shared memory
+constexpr int kPitch = kSlabColumns + 1;  // of a token's: the tokens of a warp touch different banks
 
 struct PackArgs {
     const uint4* b;
@@ -21,9 +22,10 @@ struct PackArgs {
     uint4* b_tiles;
     uint32_t* pi_tiles;
     int tokens, groups, group_size, experts, rank;
-    int steps, blocks;  // tiles of B in a group
-    int padded_experts;
-    int b_blocks, b_units;  // of the grid, and of 16 bytes
+    int steps, blocks;          // tiles of B in a group
+    int tiles, padded_experts;  // of pi: of 64 tokens
+    int slabs, slab_groups;     // of groups, as many as fit
+    int b_blocks, b_units;      // of the grid, and of 16 bytes
 };
 
 // One unit: eight columns of one output.
@@ -40,8 +42,34 @@ __device__ inline void pack_b(const PackArgs& p, int unit) {
     p.b_tiles[int64_t(tile) * kTileUnits + (swizzled<128>(uint32_t(within % 512 * 16)) >> 4) + within / 512 * 512] = v;
 }
 
-__global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs p) {
+// 64 tokens of a few groups, `slab` of a tile: read along the experts, written along the tokens.
+__device__ inline void pack_pi(const PackArgs& p, int tile, int slab) {
     extern __shared__ uint16_t staged[];  // [64 tokens][kPitch]
+    const int group = slab * p.slab_groups, groups = min(p.slab_groups, p.groups - group);
+    const int columns = groups * p.experts;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 64; i += kThreads / 32) {
+        const int row = i + warp, token = tile * 64 + row;
+        const uint16_t* const from = p.pi + (int64_t(token) * p.groups + group) * p.experts;
+#pragma unroll
+        for (int first = 0; first < kSlabColumns; first += 32) {
+            const int column = first + lane;
+            const bool live = token < p.tokens && column < columns;
+            staged[row * kPitch + column] = live ? from[column] : uint16_t(0);
+        }
+    }
+    __syncthreads();
+    for (int i = warp; i < groups * p.padded_experts; i += kThreads / 32) {
+        const int g = i / p.padded_experts, expert = i - g * p.padded_experts;
+        const uint16_t* const pair = staged + 2 * lane * kPitch + g * p.experts + expert;
+        const bool live = expert < p.experts;
+        uint32_t* const to = p.pi_tiles + ((int64_t(group + g) * p.tiles + tile) * p.padded_experts + expert) * 32;
+        to[lane] = live ? pair[0] | uint32_t(pair[kPitch]) << 16 : 0;
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs p) {
     grid_dependency_wait();
     launch_dependents();
     if (int(blockIdx.x) < p.b_blocks) {
@@ -49,20 +77,8 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const PackArgs p) {
         if (unit < p.b_units) pack_b(p, unit);
         return;
     }
-    const int block = int(blockIdx.x) - p.b_blocks, group = block % p.groups, tile = block / p.groups;
-    const int tokens = min(64, p.tokens - tile * 64);
-    const uint16_t* const from = p.pi + (int64_t(tile) * 64 * p.groups + group) * p.experts;
-    for (int i = threadIdx.x; i < 64 * p.padded_experts; i += kThreads) {
-        const int token = i / p.padded_experts, expert = i % p.padded_experts;
-        const bool live = token < tokens && expert < p.experts;
-        staged[token * kPitch + expert] = live ? from[int64_t(token) * p.groups * p.experts + expert] : uint16_t(0);
-    }
-    __syncthreads();
-    uint32_t* const to = p.pi_tiles + (int64_t(group) * ((p.tokens + 63) / 64) + tile) * p.padded_experts * 32;
-    for (int i = threadIdx.x; i < 32 * p.padded_experts; i += kThreads) {
-        const uint16_t* const pair = staged + i % 32 * 2 * kPitch + i / 32;
-        to[i] = pair[0] | uint32_t(pair[kPitch]) << 16;
-    }
+    const int block = int(blockIdx.x) - p.b_blocks;
+    pack_pi(p, block / p.slabs, block % p.slabs);
 }
 
 }  // namespace
@@ -80,12 +96,14 @@ void pack(const RoutedLoraBwd& f, const Buffers& w) {
     p.rank = int(f.rank);
     p.steps = int(ceil_div(p.group_size, 64));
     p.blocks = weight_blocks(f);
+    p.tiles = int(ceil_div(f.tokens, 64));
     p.padded_experts = tile_experts(f);
+    p.slab_groups = kSlabColumns / int(f.experts);
+    p.slabs = int(ceil_div(f.groups, p.slab_groups));
     if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * kTileUnits;
     p.b_blocks = int(ceil_div(p.b_units, kThreads));
-    const int64_t pi_blocks = w.pi_tiles ? ceil_div(f.tokens, 64) * f.groups : 0;
-    launch<pack_kernel>("routed_lora pack", dim3(unsigned(p.b_blocks + pi_blocks)), kThreads, 64 * kPitch * 2, f.stream,
-                        true, p);
+    const int64_t blocks = p.b_blocks + (w.pi_tiles ? int64_t(p.tiles) * p.slabs : 0);
+    launch<pack_kernel>("routed_lora pack", dim3(unsigned(blocks)), kThreads, 64 * kPitch * 2, f.stream, true, p);
 }
 
 }  // namespace mtlora::cuda
