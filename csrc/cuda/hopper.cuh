@@ -84,6 +84,21 @@ __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// The same, and whether `condition` held for all of them.
+template <int id, int threads>
+__device__ inline bool named_barrier_all(bool condition) {
+    uint32_t all;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ne.u32 p, %3, 0;\n"
+        "barrier.cta.red.and.aligned.pred p, %1, %2, p;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(all)
+        : "n"(id), "n"(threads), "r"(uint32_t(condition))
+        : "memory");
+    return all;
+}
+
 // ---- Dependent launches ----
 
 // The next kernel of the stream may start its prologue now; it must call `grid_dependency_wait`.
@@ -138,6 +153,11 @@ __device__ inline void tma_store(const CUtensorMap* map, const void* from, int c
                  : "memory");
 }
 
+// Fetches the map itself, so that the first copy does not wait for it.
+__device__ inline void prefetch(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ inline void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -151,6 +171,22 @@ __device__ inline void tma_store_wait_read() {
 // Orders this thread's ordinary writes to shared memory before later reads by TMA and wgmma.
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- Matrices of 8 x 8 elements in shared memory: 16 bytes a row, lane l gives the address of row l % 8 of matrix l / 8;
+// lane l holds two elements of each, row l / 4, columns 2 (l % 4) (+ 1), as wgmma's accumulators do ----
+
+__device__ inline void load_matrices(uint32_t (&m)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+__device__ inline void store_matrices(uint32_t row, const uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
+                 "r"(m[2]), "r"(m[3])
+                 : "memory");
 }
 
 // ---- wgmma: D [64, N] += A [64, 16] B [16, N], fp32 accumulators, issued by a warpgroup ----

@@ -6,6 +6,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "cuda/elements.cuh"
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int kRows = 64;         // tokens of a tile
 constexpr int kSlots = 4;         // tiles between load and store: two for each warpgroup
-constexpr int kWeightPitch = 36;  // elements of a staged row of pi: 8 rows then touch 32 different banks
+constexpr int kWeightPitch = 40;  // elements of a staged row of pi: 16-byte units of 8 rows lie in different banks
 constexpr int kThreads = 320;     // two multiplying warpgroups, a loading and a storing warp
 
 struct ExpandArgs {
@@ -30,6 +31,8 @@ struct ExpandArgs {
     int tiles_per_group, row_tiles;
     bool has_residual, into_residual;
     bool scaling_exact;  // scaling is a value of E
+    bool power_of_two;
+    bool whole_units;    // rows of pi are whole aligned units of 16 bytes
 };
 
 // R = rank, BO = outputs.
@@ -50,19 +53,30 @@ struct ExpandTile {
     }
 };
 
-// Offset of columns 8 j + 2 q (+ 1) of a row in a tile of BO columns.
+// Shared-memory address of the row that this lane gives for columns 16 j to 16 j + 15 of its warp's 16 rows of a tile:
+// matrices of rows 0 to 7 and 8 to 15 of the first 8 columns, then of the others.
 template <int BO>
-__device__ uint32_t tile_offset(int row, int j, int q) {
-    constexpr int columns = BO < 64 ? BO : 64;
-    return uint32_t(j * 8 / columns * kRows * columns * 2) +
-           swizzled<columns * 2>(uint32_t(row * columns * 2 + j * 8 % columns * 2)) + uint32_t(4 * q);
+__device__ uint32_t tile_row(const char* tile, int j) {
+    constexpr int columns = ExpandTile<16, BO>::kBoxColumns;
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane % 16;
+    const uint32_t first = smem_address(tile) + swizzled<columns * 2>(uint32_t(row * columns * 2 + lane / 16 * 16));
+    return (first ^ uint32_t(16 * j % columns * 2)) + uint32_t(16 * j / columns * kRows * columns * 2);
+}
+
+// The larger absolute values of two pairs of elements, as bits: NaN is the largest.
+__device__ inline uint32_t magnitude(uint32_t top, uint32_t pair) {
+    return __vmaxu2(top, pair & 0x7fff7fff);
+}
+template <class E>
+__device__ float larger_half(uint32_t top) {
+    return to_float(bits_as<E>(uint16_t(max(top & 0xffff, top >> 16))));
 }
 
 // What a thread holds of one tile before its products: loaded a tile ahead, as it comes from L2.
 template <class E, int R>
 struct Routing {
     uint32_t h[2][R / 8];  // of rows t and t + 8, by blocks of 8 ranks
-    E pi[2][8];            // of the warp's 16 tokens, experts 0 to 15 and 16 to 31
+    uint32_t pi[2][8];     // of the warp's 16 tokens, experts 0 to 15 and 16 to 31: words of pairs or single experts
 
     __device__ void load(const ExpandArgs& p, int first_token, int group) {
         const int lane = threadIdx.x % 32;
@@ -75,43 +89,75 @@ struct Routing {
                 h[row][i] = t < p.tokens ? *reinterpret_cast<const uint32_t*>(at + 8 * i) : 0;
             }
         }
+        const E* const tile = static_cast<const E*>(p.pi) + (int64_t(first_token) * p.groups + group) * p.experts;
+        const int row_pitch = p.groups * p.experts;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int expert = lane % 16 + 16 * half;
             if (half == 1 && p.experts <= 16) break;
+            if (p.whole_units) {  // a lane takes 8 experts of one token
+                const int expert = lane % 2 * 8 + 16 * half;
+                uint4 unit = {};
+                if (first_token + lane / 2 < p.tokens && expert < p.experts) {
+                    unit = *reinterpret_cast<const uint4*>(tile + lane / 2 * row_pitch + expert);
+                }
+                memcpy(pi[half], &unit, sizeof(unit));
+                continue;
+            }
+            const int expert = lane % 16 + 16 * half;
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                const int t = first_token + 2 * i + lane / 16;
-                const E* at = static_cast<const E*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + expert;
-                pi[half][i] = t < p.tokens && expert < p.experts ? *at : rounded<E>(0.0f);
+                const int t = 2 * i + lane / 16;
+                const bool exists = first_token + t < p.tokens && expert < p.experts;
+                pi[half][i] = exists ? *reinterpret_cast<const uint16_t*>(tile + t * row_pitch + expert) : 0;
             }
         }
     }
 
-    // pi to the warp's shared memory, zeros past the last expert.
-    __device__ void stage(const ExpandArgs& p, E* weights) const {
+    // pi to the warp's shared memory, zeros past the last expert. Returns the `magnitude` of what this lane holds.
+    __device__ uint32_t stage(const ExpandArgs& p, E* weights) const {
         const int lane = threadIdx.x % 32;
+        uint32_t top = 0;
         __syncwarp();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (half == 1 && p.experts <= 16) break;
+            if (p.whole_units) {
+                auto* at = reinterpret_cast<uint4*>(weights + lane / 2 * kWeightPitch + lane % 2 * 8 + 16 * half);
+                *at = {pi[half][0], pi[half][1], pi[half][2], pi[half][3]};
+                for (int i = 0; i < 4; ++i) top = magnitude(top, pi[half][i]);
+                continue;
+            }
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
-                weights[(2 * i + lane / 16) * kWeightPitch + lane % 16 + 16 * half] = pi[half][i];
+                auto* at = weights + (2 * i + lane / 16) * kWeightPitch + lane % 16 + 16 * half;
+                *reinterpret_cast<uint16_t*>(at) = uint16_t(pi[half][i]);
+                top = magnitude(top, pi[half][i]);
             }
         }
         __syncwarp();
+        return top;
     }
 };
 
+// Neighbouring experts' weights of one token.
+template <class E, int n>
+struct alignas(n * sizeof(E)) Weights {
+    E of[n];
+};
+template <int n, class E>
+__device__ Weights<E, n> weights_of(const E* staged, int row, int first) {
+    return *reinterpret_cast<const Weights<E, n>*>(staged + row * kWeightPitch + first);
+}
+
 // z of one expert for a pair of ranks.
 template <class E>
-__device__ uint32_t mixed_h(const ExpandArgs& p, uint32_t h, E w, int expert) {
-    const auto h2 = bits_as<Pair<E>>(h);
-    if (p.scale == nullptr) return bits_as<uint32_t>(__hmul2_rn(twice<E>(w), h2));
-    const float s = expert < p.experts ? to_float(static_cast<const E*>(p.scale)[expert]) : 0.0f;
-    const float ws = to_float(w) * s;
-    const float2 v = to_float2(h2);
+__device__ uint32_t mixed_h(uint32_t h, Pair<E> w) {
+    return bits_as<uint32_t>(__hmul2_rn(w, bits_as<Pair<E>>(h)));
+}
+template <class E>
+__device__ uint32_t mixed_h(uint32_t h, Pair<E> w, float s) {
+    const float2 v = to_float2(bits_as<Pair<E>>(h));
+    const float ws = to_float2(w).x * s;
     return bits_as<uint32_t>(rounded2<E>(ws * v.x, ws * v.y));
 }
 
@@ -120,25 +166,31 @@ template <class E, int R, int BO>
 __device__ void group_product(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
                               float (&acc)[BO / 2]) {
     using Tile = ExpandTile<R, BO>;
+    constexpr int kExperts = Tile::kChunkExperts;
     const int row = threadIdx.x % 32 / 4;
     // Without a swizzle (R = 8) the two halves of k are two experts.
     const uint64_t experts = smem_descriptor(b, Tile::kSlabBytes, 16 * R, swizzle_of(2 * R));
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        const int first = chunk * Tile::kChunkExperts;
-        E w[2][Tile::kChunkExperts];
-#pragma unroll
-        for (int i = 0; i < Tile::kChunkExperts; ++i) {
-            w[0][i] = weights[row * kWeightPitch + first + i];
-            w[1][i] = weights[(row + 8) * kWeightPitch + first + i];
-        }
+    for (int first = 0; first < p.experts; first += kExperts) {
+        const auto w0 = weights_of<kExperts>(weights, row, first), w1 = weights_of<kExperts>(weights, row + 8, first);
         uint32_t z[16];
+        if (p.scale) {
+            const E* const scale = static_cast<const E*>(p.scale) + first;
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {  // blocks of 8 k
-            const int expert = i * 8 / R, ranks = i % (R / 8);
-            z[2 * i] = mixed_h<E>(p, h[0][ranks], w[0][expert], first + expert);
-            z[2 * i + 1] = mixed_h<E>(p, h[1][ranks], w[1][expert], first + expert);
+            for (int i = 0; i < 8; ++i) {  // blocks of 8 k
+                const int expert = i * 8 / R, ranks = i % (R / 8);
+                const float s = first + expert < p.experts ? to_float(scale[expert]) : 0.0f;
+                z[2 * i] = mixed_h<E>(h[0][ranks], twice<E>(w0.of[expert]), s);
+                z[2 * i + 1] = mixed_h<E>(h[1][ranks], twice<E>(w1.of[expert]), s);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int expert = i * 8 / R, ranks = i % (R / 8);
+                z[2 * i] = mixed_h<E>(h[0][ranks], twice<E>(w0.of[expert]));
+                z[2 * i + 1] = mixed_h<E>(h[1][ranks], twice<E>(w1.of[expert]));
+            }
         }
-        if (first + Tile::kChunkExperts > p.experts) {  // what pads k is zero, also where h is infinite
+        if (first + kExperts > p.experts) {  // what pads k is zero, also where h is infinite
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 if (first + i * 8 / R >= p.experts) z[2 * i] = z[2 * i + 1] = 0;
@@ -149,7 +201,7 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
             const uint64_t operand = advanced(experts, (first + k * 16 / R) * Tile::kSlabBytes + k * 16 % R * 2);
-            wgmma<E, 0>(acc, z + 4 * k, operand, chunk > 0 || k > 0);
+            wgmma<E, 0>(acc, z + 4 * k, operand, first > 0 || k > 0);
         }
         wgmma_commit();
         wgmma_wait<0>();
@@ -158,43 +210,91 @@ __device__ void group_product(const ExpandArgs& p, const char* b, const E* weigh
     }
 }
 
-// sum += E(E(pi_i E(s_i E(B_i h))) scaling) for the experts in order; `plain` without s and with a scaling that E
-// holds.
-template <class E, int R, int BO, bool plain>
-__device__ void expert_sum(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
-                           Pair<E> (&sum)[BO / 4]) {
+// How `expert_sum` adds one expert: t = E(pi_i e), e = E(B_i h).
+enum class Sum {
+    scaled,   // sum = E(sum + E(scaling E(pi_i E(s_i e)))), any scaling
+    rounded,  // without s and with a scaling that E holds: packed arithmetic throughout
+    fused,    // sum = E(sum + scaling t): the same where scaling t is exact, see `may_fuse`
+};
+
+template <class E, int R>
+__device__ void start_product(const uint32_t (&h)[2][R / 8], uint64_t outputs, float (&acc)[16]) {
+    wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < R / 16; ++k) {
+        const uint32_t a[4] = {h[0][2 * k], h[1][2 * k], h[0][2 * k + 1], h[1][2 * k + 1]};
+        wgmma<E, 0>(acc, a, advanced(outputs, 32 * k), k > 0);
+    }
+    wgmma_commit();
+}
+
+// The `count` experts from `first` in order, 32 outputs at a time; a product runs while the one before it is added.
+template <class E, int R, int BO, Sum kind, int count>
+__device__ void add_experts(const ExpandArgs& p, int first, uint64_t experts, const E* weights,
+                            const uint32_t (&h)[2][R / 8], Pair<E> (&sum)[BO / 4]) {
+    constexpr int kParts = BO / 32, kProducts = count * kParts;
+    const uint64_t first_slab = advanced(experts, first * ExpandTile<R, BO>::kSlabBytes);
     const int row = threadIdx.x % 32 / 4;
+    const Weights<E, count> w[2] = {weights_of<count>(weights, row, first), weights_of<count>(weights, row + 8, first)};
     const Pair<E> scaling = twice<E>(rounded<E>(p.scaling));
-    const uint64_t experts = smem_descriptor(b, 16, 16 * R, swizzle_of(2 * R));
-    for (int expert = 0; expert < p.experts; ++expert) {
-        const uint64_t slab = advanced(experts, expert * ExpandTile<R, BO>::kSlabBytes);
-        float acc[BO / 2];
-        wgmma_fence();
+    float acc[2][16];
+    start_product<E, R>(h, first_slab, acc[0]);
 #pragma unroll
-        for (int k = 0; k < R / 16; ++k) {
-            const uint32_t a[4] = {h[0][2 * k], h[1][2 * k], h[0][2 * k + 1], h[1][2 * k + 1]};
-            wgmma<E, 0>(acc, a, advanced(slab, 32 * k), k > 0);
+    for (int n = 0; n < kProducts; ++n) {
+        const int expert = n / kParts, part = n % kParts;
+        if (n + 1 < kProducts) {
+            start_product<E, R>(h, advanced(first_slab, (n + 1) * 32 * R * 2), acc[(n + 1) % 2]);
+            wgmma_wait<1>();
+        } else {
+            wgmma_wait<0>();
         }
-        wgmma_commit();
-        const Pair<E> w[2] = {twice<E>(weights[row * kWeightPitch + expert]),
-                              twice<E>(weights[(row + 8) * kWeightPitch + expert])};
-        const Pair<E> s = plain || !p.scale ? scaling : twice<E>(static_cast<const E*>(p.scale)[expert]);
-        wgmma_wait<0>();
-        pin(acc);
+        pin(acc[n % 2]);
+        const Pair<E> s = kind == Sum::scaled && p.scale ? twice<E>(static_cast<const E*>(p.scale)[first + expert]) : scaling;
 #pragma unroll
-        for (int i = 0; i < BO / 4; ++i) {
-            Pair<E> t = rounded2<E>(acc[2 * i], acc[2 * i + 1]);
-            if (!plain && p.scale) t = __hmul2_rn(s, t);
-            t = __hmul2_rn(w[i % 2], t);
-            if (plain || p.scaling_exact) {
-                t = __hmul2_rn(t, scaling);
+        for (int i = 0; i < 8; ++i) {
+            Pair<E>& total = sum[part * 8 + i];
+            Pair<E> t = rounded2<E>(acc[n % 2][2 * i], acc[n % 2][2 * i + 1]);
+            if (kind == Sum::scaled && p.scale) t = __hmul2_rn(s, t);
+            t = __hmul2_rn(twice<E>(w[i % 2].of[expert]), t);
+            if constexpr (kind == Sum::fused) {
+                total = __hfma2(t, scaling, total);
             } else {
-                const float2 v = to_float2(t);
-                t = rounded2<E>(v.x * p.scaling, v.y * p.scaling);
+                if (kind == Sum::rounded || p.scaling_exact) {
+                    t = __hmul2_rn(t, scaling);
+                } else {
+                    const float2 v = to_float2(t);
+                    t = rounded2<E>(v.x * p.scaling, v.y * p.scaling);
+                }
+                total = __hadd2_rn(total, t);
             }
-            sum[i] = __hadd2_rn(sum[i], t);
         }
     }
+}
+
+// sum += every expert in order.
+template <class E, int R, int BO, Sum kind>
+__device__ void expert_sum(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
+                           Pair<E> (&sum)[BO / 4]) {
+    const uint64_t experts = smem_descriptor(b, 16, 16 * R, swizzle_of(2 * R));
+    int first = 0;
+    for (; first + 4 <= p.experts; first += 4) add_experts<E, R, BO, kind, 4>(p, first, experts, weights, h, sum);
+    for (; first < p.experts; ++first) add_experts<E, R, BO, kind, 1>(p, first, experts, weights, h, sum);
+}
+
+// The |h| up to which, where |pi| <= 1, no scaling E(pi_i E(B_i h)) of this block overflows: then
+// E(sum + E(scaling t)) = E(sum + scaling t) for a scaling of 1, 2, 4, ...: the product is exact.
+template <class E, int R>
+__device__ float fuse_limit(const ExpandArgs& p, const char* b, int b_bytes, uint32_t* b_top) {
+    constexpr float kLargest = std::is_same_v<E, bf16> ? 0x1p127f : 0x1p15f;
+    uint32_t top = 0;
+    for (int i = threadIdx.x * 16; i < b_bytes; i += 256 * 16) {
+        const auto v = *reinterpret_cast<const uint4*>(b + i);
+        top = magnitude(magnitude(magnitude(magnitude(top, v.x), v.y), v.z), v.w);
+    }
+    top = __reduce_max_sync(~0u, max(top & 0xffff, top >> 16));
+    if (threadIdx.x % 32 == 0) atomicMax(b_top, top);
+    named_barrier(1, 256);
+    return kLargest / 4 / R / p.scaling / larger_half<E>(*b_top);
 }
 
 template <class E, int R, int BO, bool eager>
@@ -210,6 +310,7 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     uint64_t* const full = b_full + 1;       // the residual is there
     uint64_t* const ready = full + kSlots;   // the result is there
     uint64_t* const empty = ready + kSlots;  // the result has been read
+    uint32_t* const b_top = reinterpret_cast<uint32_t*>(empty + kSlots);
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const int group = int(blockIdx.x) / p.tiles_per_group;
     const int column = int(blockIdx.x) % p.tiles_per_group * BO;
@@ -217,6 +318,7 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     const int count = int(int64_t(p.row_tiles) * (blockIdx.y + 1) / gridDim.y) - begin;
 
     if (threadIdx.x == 0) {
+        *b_top = 0;
         barrier_init(b_full, 1);
         for (int s = 0; s < kSlots; ++s) {
             barrier_init(full + s, 1);
@@ -228,7 +330,9 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     __syncthreads();
 
     if (warp == 8) {
-        if (lane == 0) {  // B and residual do not come from `project`: no need to wait for it
+        if (lane == 0) {
+            prefetch(&p.b);
+            if (p.has_residual) prefetch(&p.residual);  // B and residual do not come from `project`: no need to wait for it
             barrier_expect(b_full, b_bytes);
             tma_load(b, &p.b, b_full, 0, column, group, 0);
             for (int n = 0; n < count; ++n) {
@@ -249,6 +353,7 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     }
     if (warp == 9) {
         if (lane == 0) {
+            prefetch(&p.out);
             grid_dependency_wait();
             for (int n = 0; n < count; ++n) {
                 const int s = n % kSlots;
@@ -269,48 +374,89 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     grid_dependency_wait();
     E* const weights = staged + warp * 16 * kWeightPitch;
     barrier_wait(b_full, 0);
-    const int q = lane % 4, row = warp % 4 * 16 + lane / 4;
     const auto first_token = [&](int n) { return (begin + n) * kRows + warp % 4 * 16; };
+    float h_limit = 0;  // of |h|, below which sums may be fused
+    if (eager && p.power_of_two) h_limit = fuse_limit<E, R>(p, b, b_bytes, b_top);
     Routing<E, R> next;
     next.load(p, first_token(warp / 4), group);
     for (int n = warp / 4; n < count; n += 2) {
         uint32_t h[2][R / 8];
         memcpy(h, next.h, sizeof(h));
-        next.stage(p, weights);
+        const uint32_t pi_top = next.stage(p, weights);
         if (n + 2 < count) next.load(p, first_token(n + 2), group);
         const int s = n % kSlots;
         char* const slot = slots + s * Tile::kSlotBytes;
+        uint32_t pairs[4];  // of tile_row: columns 2 q (+ 1) of the row and of row + 8, then 8 columns further
         if constexpr (eager) {
-            Pair<E> sum[BO / 4];  // [2 j] of row, [2 j + 1] of row + 8
-            barrier_wait(full + s, (n / kSlots) & 1);
+            Pair<E> sum[BO / 4];
 #pragma unroll
-            for (int i = 0; i < BO / 4; ++i) {
-                const char* at = slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q);
-                sum[i] = p.into_residual ? *reinterpret_cast<const Pair<E>*>(at) : twice<E>(rounded<E>(0.0f));
+            for (int i = 0; i < BO / 4; ++i) sum[i] = twice<E>(rounded<E>(0.0f));
+            if (p.into_residual) {
+                barrier_wait(full + s, (n / kSlots) & 1);
+#pragma unroll
+                for (int j = 0; j < BO / 16; ++j) {
+                    load_matrices(pairs, tile_row<BO>(slot, j));
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) sum[4 * j + i] = bits_as<Pair<E>>(pairs[i]);
+                }
             }
-            if (p.scale == nullptr && p.scaling_exact)
-                expert_sum<E, R, BO, true>(p, b, weights, h, sum);
+            bool fuse = p.power_of_two;
+            if (fuse) {
+                uint32_t h_top = 0;
+                for (int i = 0; i < R / 8; ++i) h_top = magnitude(magnitude(h_top, h[0][i]), h[1][i]);
+                fuse = larger_half<E>(h_top) <= h_limit && larger_half<E>(pi_top) <= 1;
+                fuse = warp < 4 ? named_barrier_all<1, 128>(fuse) : named_barrier_all<2, 128>(fuse);
+            }
+            if (fuse)
+                expert_sum<E, R, BO, Sum::fused>(p, b, weights, h, sum);
+            else if (!p.scale && p.scaling_exact)
+                expert_sum<E, R, BO, Sum::rounded>(p, b, weights, h, sum);
             else
-                expert_sum<E, R, BO, false>(p, b, weights, h, sum);
+                expert_sum<E, R, BO, Sum::scaled>(p, b, weights, h, sum);
+            if (!p.into_residual) {
+                barrier_wait(full + s, (n / kSlots) & 1);
+                if (p.has_residual) {
 #pragma unroll
-            for (int i = 0; i < BO / 4; ++i) {
-                auto* at = reinterpret_cast<Pair<E>*>(slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q));
-                *at = p.has_residual && !p.into_residual ? __hadd2_rn(*at, sum[i]) : sum[i];
+                    for (int j = 0; j < BO / 16; ++j) {
+                        load_matrices(pairs, tile_row<BO>(slot, j));
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            sum[4 * j + i] = __hadd2_rn(bits_as<Pair<E>>(pairs[i]), sum[4 * j + i]);
+                        }
+                    }
+                }
+            }
+#pragma unroll
+            for (int j = 0; j < BO / 16; ++j) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) pairs[i] = bits_as<uint32_t>(sum[4 * j + i]);
+                store_matrices(tile_row<BO>(slot, j), pairs);
             }
         } else {
             float acc[BO / 2];
             group_product<E, R, BO>(p, b, weights, h, acc);
-            barrier_wait(full + s, (n / kSlots) & 1);
 #pragma unroll
-            for (int i = 0; i < BO / 4; ++i) {
-                auto* at = reinterpret_cast<Pair<E>*>(slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q));
-                float low = acc[2 * i] * p.scaling, high = acc[2 * i + 1] * p.scaling;
-                if (p.has_residual) {
-                    const float2 v = to_float2(*at);
-                    low = v.x + low;
-                    high = v.y + high;
+            for (int i = 0; i < BO / 2; ++i) acc[i] *= p.scaling;
+            barrier_wait(full + s, (n / kSlots) & 1);
+            if (p.has_residual) {
+#pragma unroll
+                for (int j = 0; j < BO / 16; ++j) {
+                    load_matrices(pairs, tile_row<BO>(slot, j));
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float2 v = to_float2(bits_as<Pair<E>>(pairs[i]));
+                        acc[8 * j + 2 * i] = v.x + acc[8 * j + 2 * i];
+                        acc[8 * j + 2 * i + 1] = v.y + acc[8 * j + 2 * i + 1];
+                    }
                 }
-                *at = rounded2<E>(low, high);
+            }
+#pragma unroll
+            for (int j = 0; j < BO / 16; ++j) {
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    pairs[i] = bits_as<uint32_t>(rounded2<E>(acc[8 * j + 2 * i], acc[8 * j + 2 * i + 1]));
+                }
+                store_matrices(tile_row<BO>(slot, j), pairs);
             }
         }
         fence_async_proxy();
@@ -362,6 +508,8 @@ void launch_expand(const RoutedLoraFwd& f, int chunks) {
     p.has_residual = f.residual.data != nullptr;
     p.into_residual = f.accumulate_into_residual;
     p.scaling_exact = f.scaling_exact;
+    p.power_of_two = !p.scale && p.scaling_exact && p.scaling >= 1 && p.scaling == std::exp2(std::floor(std::log2(p.scaling)));
+    p.whole_units = f.experts % 8 == 0 && reinterpret_cast<uintptr_t>(f.pi.data) % 16 == 0;
     const int64_t column_tiles = f.groups * p.tiles_per_group;
     const int resident = Tile::kBlocks * Tile::shared_bytes(chunks) <= kMaxSharedBytes ? Tile::kBlocks : 1;
     const dim3 grid(unsigned(column_tiles),
