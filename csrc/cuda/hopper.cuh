@@ -173,8 +173,8 @@ __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- Matrices of 8 x 8 elements in shared memory: 16 bytes a row, lane l gives the address of row l % 8 of matrix l / 8;
-// lane l holds two elements of each, row l / 4, columns 2 (l % 4) (+ 1), as wgmma's accumulators do ----
+// ---- Matrices of 8 x 8 elements in shared memory: 16 bytes a row, lane l gives the address of row l % 8 of matrix l /
+// 8; lane l holds two elements of each, row l / 4, columns 2 (l % 4) (+ 1), as wgmma's accumulators do ----
 
 __device__ inline void load_matrices(uint32_t (&m)[4], uint32_t row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
