@@ -99,10 +99,10 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     char* const slots = b + b_bytes;
     E* const staged = reinterpret_cast<E*>(slots + kSlots * Tile::kSlotBytes);
     uint64_t* const b_full = reinterpret_cast<uint64_t*>(staged + 8 * 16 * kWeightPitch);
-    uint64_t* const full = b_full + 1;       // the residual is there
-    uint64_t* const ready = full + kSlots;   // the result is there
-    uint64_t* const empty = ready + kSlots;  // the result has been read
-    uint32_t* const b_top = reinterpret_cast<uint32_t*>(empty + kSlots);
+    uint64_t* const full = b_full + 1;                                    // the residual is there
+    uint64_t* const ready = full + kSlots;                                // the result is there
+    uint64_t* const empty = ready + kSlots;                               // the result has been read
+    uint32_t* const b_top = reinterpret_cast<uint32_t*>(empty + kSlots);  // see `fuse_limit`
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const int group = int(blockIdx.x) / p.tiles_per_group;
     const int column = int(blockIdx.x) % p.tiles_per_group * BO;
@@ -122,10 +122,7 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     __syncthreads();
 
     if (warp == 8) {
-        if (lane == 0) {
-            prefetch(&p.b);
-            if (p.has_residual)
-                prefetch(&p.residual);  // B and residual do not come from `project`: no need to wait for it
+        if (lane == 0) {  // B and residual do not come from `project`: no need to wait for it
             barrier_expect(b_full, b_bytes);
             tma_load(b, &p.b, b_full, 0, column, group, 0);
             for (int n = 0; n < count; ++n) {
@@ -169,8 +166,8 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     const auto first_token = [&](int n) { return (begin + n) * kRows + warp % 4 * 16; };
     float h_limit = 0;
     if (eager && p.power_of_two) h_limit = fuse_limit<E, R>(p, b, b_bytes, b_top);
-    // With few tiles the wait for `project` is long enough to go through the code once before, on slots that nobody
-    // copies: its instructions are then in the cache.
+    // With few tiles the wait for `project` is long enough to go through the loop once before, on zeros and on a slot
+    // that nobody copies: its instructions are in the cache when they are needed.
     Routing<E, R> next = {};
     for (int n = warp / 4 - (count <= 2 ? 2 : 0); n < count; n += 2) {
         const bool rehearsal = n < 0;

@@ -80,7 +80,7 @@ __device__ void write_tile(const char* tile, Make make) {
     }
 }
 
-// The larger absolute values of two pairs of elements, as bits: NaN is the largest.
+// The larger absolute values of two pairs of elements as integers, where NaN is the largest.
 __device__ inline uint32_t magnitude(uint32_t top, uint32_t pair) {
     return __vmaxu2(top, pair & 0x7fff7fff);
 }
@@ -89,7 +89,7 @@ __device__ float larger_half(uint32_t top) {
     return to_float(bits_as<E>(uint16_t(max(top & 0xffff, top >> 16))));
 }
 
-// Neighbouring experts' weights of one token.
+// Neighbouring experts' weights of one token, of the staged pi.
 template <class E, int n>
 struct alignas(n * sizeof(E)) Weights {
     E of[n];
