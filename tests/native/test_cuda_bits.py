@@ -93,6 +93,28 @@ def test_options(options, numerics):
     check(make_case(SMALL, numerics=numerics, **options))
 
 
+@pytest.mark.parametrize("scaling", [0.5, 1.0, 4.0, -2.0])
+@pytest.mark.parametrize("E", [BF16, F16], ids=str)
+def test_powers_of_two(E, scaling):
+    check(make_case(SMALL, E, numerics="eager", scaling=scaling))
+    case = make_case(SMALL, E, numerics="eager", scaling=scaling, residual=False)
+    case["lora_b"].mul_(2.0**-133 if E == BF16 else 2.0**-22)  # sums of a few units of the smallest subnormals
+    check(case)
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+@pytest.mark.parametrize("E", [BF16, F16], ids=str)
+def test_scaling_that_overflows_before_the_sum_does(E, weight):
+    case = make_case((16, 64, 64, 16, 2, 1), E, numerics="eager", given=True, residual=False)
+    largest = torch.finfo(E).max
+    case["route_weights"].fill_(weight)
+    case["x"].fill_(1)
+    case["lora_a"].zero_()[0, 0] = 1
+    case["lora_b"].copy_((torch.tensor([-0.4, 0.6]) * (largest / weight))[:, None, None].expand(2, 64, 16))
+    assert routed_lora_fwd(**case)[0].isposinf().all()  # 2 * 0.6 overflows, 2 * 0.6 - 2 * 0.4 would not
+    check(case)
+
+
 @pytest.mark.parametrize("options", [{}, {"scale": True}, {"scaling": 1.7}], ids=str)
 def test_sum_that_starts_at_the_residual(options):
     check(make_case(SMALL, numerics="eager", into=True, **options))
