@@ -126,7 +126,6 @@ int64_t carve(const Rsvd& p, RsvdWorkspace& w) {
     const int64_t sketched = p.sketch < p.cols ? p.batch * p.cols * p.sketch : 0;
     w.gram = take(gram_doubles(p.batch, p.cols));  // of A, then of Z
     w.product = take(sketched);
-    w.basis = take(sketched);
     w.scale = take(p.batch * p.rank);
     w.inverse = take(p.batch * p.rank * p.rank);
     return at - p.workspace;
@@ -169,7 +168,7 @@ void batched_rsvd(const Rsvd& p) {
     u.data = p.u;
     u.stride[0] = z.out_layer;
     u.stride[1] = z.out_row;
-    gram_partial(u, p.batch, p.rows, p.rank, w.gram, p.stream);
+    gram_partial(u, p.batch, p.rows, p.rank, w.gram, p.stream, true);
     launch<cholesky_kernel>("rsvd_cholesky", dim3{unsigned(p.batch)}, kCholeskyThreads,
                             (2 * k * (k | 1) + k) * int(sizeof(double)), p.stream, false,
                             CholeskyArgs{w.gram, w.inverse, k});
