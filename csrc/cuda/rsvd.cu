@@ -126,6 +126,7 @@ int64_t carve(const Rsvd& p, RsvdWorkspace& w) {
     const int64_t sketched = p.sketch < p.cols ? p.batch * p.cols * p.sketch : 0;
     w.gram = take(gram_doubles(p.batch, p.cols));  // of A, then of Z
     w.product = take(sketched);
+    w.basis = take(sketched);
     w.scale = take(p.batch * p.rank);
     w.inverse = take(p.batch * p.rank * p.rank);
     return at - p.workspace;

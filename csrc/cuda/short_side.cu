@@ -19,6 +19,7 @@ constexpr int kTileCols = 4;         // of a product, per warp and 64 rows
 struct ShortSideArgs {
     double* gram;     // partial sums; a wide matrix is completed in place of the first
     double* product;  // [batch, n, l], only with a sketch
+    double* basis;    // the same
     double* scale;    // [batch, rank]: 1 / sigma, 0 for a null direction, NaN for a matrix that is not finite
     float *s, *v;
     int n, l, rank, power_iterations;
@@ -149,6 +150,11 @@ struct Sketch {
             y[at.row * pitch + at.col] = x[at.row * l + at.col];
         __syncthreads();
     }
+    __device__ void write(double* x) const {
+        for (Cells at(int(threadIdx.x), int(blockDim.x), l); at.row < n; at.next())
+            x[at.row * l + at.col] = y[at.row * pitch + at.col];
+        __syncthreads();
+    }
 };
 
 // The upper triangle's sums become the whole matrix g [n][pitch], which may take the place of the first node.
@@ -169,11 +175,17 @@ __device__ void complete_gram(const double* partial, double* g, int n, int pitch
     __syncthreads();
 }
 
-// Of A^T A, if it is kept, and then of the Jacobi solver.
+// Shared memory for the matrices, in doubles. Near: A^T A, then the solver's in its place; y behind them. Far: y, then
+// the solver's.
 template <int kRows>
-__host__ __device__ int matrices_doubles(int n, int l) {
-    const int whole = kRows == kNearRows ? n * (n | 1) : 0, jacobi = Jacobi::matrices_doubles(l);
-    return whole > jacobi ? whole : jacobi;
+__host__ __device__ int y_begins(int n, int l) {
+    const int whole = n * (n | 1), jacobi = Jacobi::matrices_doubles(l);
+    return kRows > kNearRows ? 0 : whole > jacobi ? whole : jacobi;
+}
+template <int kRows>
+int matrices_doubles(int n, int l) {
+    const int doubles = y_begins<kRows>(n, l) + n * Sketch<kRows>::pitch_of(l), jacobi = Jacobi::matrices_doubles(l);
+    return doubles > jacobi ? doubles : jacobi;
 }
 
 template <int kRows, bool kSketched>
@@ -200,12 +212,14 @@ __global__ void __launch_bounds__(kSketched ? kSketchThreads : 256, kRows == kNe
     }
 
     Jacobi jacobi(a.l, matrices, state);
-    const Sketch<kRows> sketch{a.n, a.l, Sketch<kRows>::pitch_of(a.l), matrices + matrices_doubles<kRows>(a.n, a.l),
+    const Sketch<kRows> sketch{a.n, a.l, Sketch<kRows>::pitch_of(a.l), matrices + y_begins<kRows>(a.n, a.l),
                                state + Jacobi::kStateDoubles};
+    constexpr bool kNear = kRows == kNearRows;
+    const double* basis = kNear ? sketch.y : a.basis + matrix * a.n * a.l;
+    const int basis_pitch = kNear ? sketch.pitch : a.l;
     if constexpr (kSketched) {
-        const bool near = kRows == kNearRows;
-        const int pitch = near ? a.n | 1 : a.n;
-        double *whole = near ? matrices : g, *product = a.product + matrix * a.n * a.l;
+        const int pitch = kNear ? a.n | 1 : a.n;
+        double *whole = kNear ? matrices : g, *product = a.product + matrix * a.n * a.l;
         complete_gram<kRows>(g, whole, a.n, pitch);
         for (Cells at(int(threadIdx.x), int(blockDim.x), a.l); at.row < a.n; at.next())
             sketch.y[at.row * sketch.pitch + at.col] = normal(uint32_t(at.row), uint32_t(at.col), kSketch, a.seed);
@@ -216,11 +230,12 @@ __global__ void __launch_bounds__(kSketched ? kSketchThreads : 256, kRows == kNe
             sketch.read(product);
             sketch.orthonormalise();
         }
+        if constexpr (!kNear) sketch.write(a.basis + matrix * a.n * a.l);
         sketch.multiply(whole, pitch, product);
         jacobi.fill([&](int i, int j) {
             double sum = 0;
 #pragma unroll 8
-            for (int k = 0; k < a.n; ++k) sum += sketch.y[k * sketch.pitch + i] * product[k * a.l + j];
+            for (int k = 0; k < a.n; ++k) sum += basis[k * basis_pitch + i] * product[k * a.l + j];
             return sum;
         });
     } else {
@@ -246,7 +261,7 @@ __global__ void __launch_bounds__(kSketched ? kSketchThreads : 256, kRows == kNe
             if (row >= a.n) continue;
             if constexpr (kSketched) {
 #pragma unroll 4
-                for (int k = 0; k < a.l; ++k) x[i] += sketch.y[row * sketch.pitch + k] * w[k * jacobi.pitch];
+                for (int k = 0; k < a.l; ++k) x[i] += basis[row * basis_pitch + k] * w[k * jacobi.pitch];
             } else {
                 x[i] = w[row * jacobi.pitch];
             }
@@ -276,26 +291,28 @@ __global__ void __launch_bounds__(kSketched ? kSketchThreads : 256, kRows == kNe
 }
 
 template <int kRows>
+int shared_bytes(int n, int l) {
+    const int matrices = l < n ? matrices_doubles<kRows>(n, l) : Jacobi::matrices_doubles(l);
+    return (Jacobi::kStateDoubles + kMaxWidth + matrices) * int(sizeof(double));
+}
+
+template <int kRows>
 void start(const ShortSideArgs& a, int64_t batch, void* stream) {
     const dim3 grid{unsigned(batch)};
-    int doubles = Jacobi::kStateDoubles + kMaxWidth;
-    if (a.l < a.n) {
-        doubles += matrices_doubles<kRows>(a.n, a.l) + a.n * Sketch<kRows>::pitch_of(a.l);
-        launch<short_side_kernel<kRows, true>>("short_side", grid, kSketchThreads, doubles * int(sizeof(double)),
-                                               stream, false, a);
-    } else {
-        doubles += Jacobi::matrices_doubles(a.l);
-        launch<short_side_kernel<2, false>>("short_side", grid, jacobi_threads(a.l), doubles * int(sizeof(double)),
-                                            stream, false, a);
-    }
+    const int shared = shared_bytes<kRows>(a.n, a.l);
+    if (a.l < a.n)
+        return launch<short_side_kernel<kRows, true>>("short_side", grid, kSketchThreads, shared, stream, false, a);
+    launch<short_side_kernel<kNearRows, false>>("short_side", grid, jacobi_threads(a.l), shared, stream, false, a);
 }
 
 }  // namespace
 
 void short_side(const Rsvd& p, const RsvdWorkspace& w) {
-    const ShortSideArgs args{
-        w.gram, w.product, w.scale, p.s, p.v, int(p.cols), int(p.sketch), int(p.rank), int(p.power_iterations), p.seed};
-    if (p.cols <= kNearRows * kWarp) return start<kNearRows>(args, p.batch, p.stream);
+    const int n = int(p.cols), l = int(p.sketch);
+    const ShortSideArgs args{w.gram, w.product, w.basis, w.scale, p.s, p.v, n, l, int(p.rank), int(p.power_iterations),
+                             p.seed};
+    if (n <= kNearRows * kWarp && shared_bytes<kNearRows>(n, l) <= max_shared_bytes())
+        return start<kNearRows>(args, p.batch, p.stream);
     start<kMaxSide / kWarp>(args, p.batch, p.stream);
 }
 

@@ -28,7 +28,7 @@ void spectral_cross_product(const SpectralPenaltyFwd& p);
 void spectral_gradient_product(const SpectralPenaltyBwd& p);
 
 struct RsvdWorkspace {
-    double *gram, *product, *scale, *inverse;
+    double *gram, *product, *basis, *scale, *inverse;
 };
 void short_side(const Rsvd& p, const RsvdWorkspace& w);  // S, V and scale, from gram
 
