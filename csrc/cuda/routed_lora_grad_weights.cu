@@ -104,8 +104,8 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
             tma_load_once(stage + at, &p.features, barrier, t.feature + at / kBoxBytes * 64, t.group, token);
         }
         for (int box = 0; box < boxes; ++box) {
-            tma_load(stage + kFeatureBytes<BF> + box * kBoxBytes, &p.columns, barrier,
-                     mixed ? 0 : t.column + box * 64, token);
+            tma_load(stage + kFeatureBytes<BF> + box * kBoxBytes, &p.columns, barrier, mixed ? 0 : t.column + box * 64,
+                     token);
         }
         if constexpr (mixed) {
             bulk_load(stage + kFeatureBytes<BF> + h_bytes, weights, uint32_t(weight_bytes), barrier);
