@@ -99,45 +99,46 @@ struct Jacobi {
         return rotation(p, q, h[p * pitch + p], h[q * pitch + q], h[p * pitch + q], threshold, r);
     }
 
-    // From the pairs of one round, whose rotations are `now`, to those of round k after it. h is still without `now`
-    // outside of the pairs' own blocks, and may change after the block's barrier in here.
-    __device__ Pair next_rotation(const Pair& mine, int k, double threshold, const Rotations& now,
-                                  Rotations& next) const {
-        const int i = int(threadIdx.x) % kWarp, pairs = even / 2;
-        int p = 0, q = 0;
-        double app = 0, aqq = 0, apq = 0;
-        if (pairs == 1) {  // the same pair again
-            p = mine.p, q = mine.q;
-            app = mine.at_p, aqq = mine.at_q;
-            apq = mine.rotates ? 0 : h[p * pitch + q];
-            __syncthreads();
-        } else {
-            // Who had p and q: neighbours of lane i, at the ends itself.
-            int of_p = i == 0 ? 1 : min(i + 1, pairs - 1), of_q = max(i - 1, 0);
-            double up_p = 0, up_q = 0, down_p = 0, down_q = 0;
-            if (i < pairs) {
-                pair_of(i, k, p, q);
-                if (p > q) {
-                    const int index = p, lane = of_p;
-                    p = q, q = index;
-                    of_p = of_q, of_q = lane;
-                }
-                const double *up = h + now.p[of_p] * pitch, *down = h + now.q[of_p] * pitch;
-                up_p = up[now.p[of_q]], up_q = up[now.q[of_q]];
-                down_p = down[now.p[of_q]], down_q = down[now.q[of_q]];
-            }
-            __syncthreads();
-            if (i < pairs) {
-                const bool row_first = p == now.p[of_p], col_first = q == now.p[of_q];
-                const double c = now.c[of_q], s = now.s[of_q], row_c = now.c[of_p], row_s = now.s[of_p];
-                const double left = col_first ? c : s, right = col_first ? -s : c;
-                const double upper = row_first ? row_c : row_s, lower = row_first ? -row_s : row_c;
-                apq = upper * (left * up_p + right * up_q) + lower * (left * down_p + right * down_q);
-                app = row_first ? now.at_p[of_p] : now.at_q[of_p];
-                aqq = col_first ? now.at_p[of_q] : now.at_q[of_q];
-            }
+    // What the next round's pair of a lane needs of h: the block of rows of the pair that had p and columns of the pair
+    // that had q, the lanes of_p and of_q.
+    struct Needed {
+        int p, q, of_p, of_q;
+        double up_p, up_q, down_p, down_q;
+    };
+
+    // For round k, from h without the round before, whose rotations are `now`, outside of the pairs' own blocks.
+    __device__ Needed needed(int k, const Rotations& now) const {
+        const int i = int(threadIdx.x), pairs = even / 2;
+        Needed n = {};
+        if (i >= pairs) return n;
+        pair_of(i, k, n.p, n.q);
+        n.of_p = min(i + 1, pairs - 1);  // neighbours, at the ends the lane itself
+        n.of_q = max(i - 1, 0);
+        if (n.p > n.q) {
+            const int index = n.p, lane = n.of_p;
+            n.p = n.q, n.q = index;
+            n.of_p = n.of_q, n.of_q = lane;
         }
-        return rotation(p, q, app, aqq, apq, threshold, next);
+        const double *up = h + now.p[n.of_p] * pitch, *down = h + now.q[n.of_p] * pitch;
+        n.up_p = up[now.p[n.of_q]], n.up_q = up[now.q[n.of_q]];
+        n.down_p = down[now.p[n.of_q]], n.down_q = down[now.q[n.of_q]];
+        return n;
+    }
+
+    __device__ Pair next_rotation(const Needed& n, double threshold, const Rotations& now, Rotations& next) const {
+        double app = 0, aqq = 0, apq = 0;
+        if (int(threadIdx.x) < even / 2) {
+            const bool row_first = n.p == now.p[n.of_p], col_first = n.q == now.p[n.of_q];
+            const double c = now.c[n.of_q], s = now.s[n.of_q], row_c = now.c[n.of_p], row_s = now.s[n.of_p];
+            const double left = col_first ? c : s, right = col_first ? -s : c;
+            const double upper = row_first ? row_c : row_s, lower = row_first ? -row_s : row_c;
+            app = row_first ? now.at_p[n.of_p] : now.at_q[n.of_p];
+            aqq = col_first ? now.at_p[n.of_q] : now.at_q[n.of_q];
+            // A pair alone meets itself again, and its block has turned already.
+            apq = even == 2 ? n.up_q
+                            : upper * (left * n.up_p + right * n.up_q) + lower * (left * n.down_p + right * n.down_q);
+        }
+        return rotation(n.p, n.q, app, aqq, apq, threshold, next);
     }
 
     // `at` is where a thread begins. Pairs' own blocks are their lanes'.
@@ -183,21 +184,21 @@ struct Jacobi {
             if (!__syncthreads_or(large)) break;
             for (int k = 0; k < even - 1; ++k, ++round) {
                 const Rotations& now = rotations[round % 2];
-                const bool any = now.any;
+                Needed of_next = {};
                 if (thread < kWarp) {
                     if (pair.rotates) {
                         h[pair.p * pitch + pair.p] = pair.at_p;
                         h[pair.q * pitch + pair.q] = pair.at_q;
                         h[pair.p * pitch + pair.q] = h[pair.q * pitch + pair.p] = 0;
                     }
-                    pair =
-                        next_rotation(pair, k + 1 < even - 1 ? k + 1 : 0, threshold, now, rotations[(round + 1) % 2]);
-                } else {
-                    __syncthreads();  // the first warp has what it needs of h
-                    if (any) {
-                        rotate_blocks(now, first_cell);
-                        rotate_vectors(now, first_cell);
-                    }
+                    of_next = needed(k + 1 < even - 1 ? k + 1 : 0, now);
+                }
+                __syncthreads();  // from here on h may change
+                if (thread < kWarp) {
+                    pair = next_rotation(of_next, threshold, now, rotations[(round + 1) % 2]);
+                } else if (now.any) {
+                    rotate_blocks(now, first_cell);
+                    rotate_vectors(now, first_cell);
                 }
                 __syncthreads();
             }
