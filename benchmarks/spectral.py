@@ -21,7 +21,7 @@ from .timing import SlowCall, time_call
 SPEED_FIELDS = (
     *PROVENANCE, "task", "shape", "dtype", "contender", "impl", "p20_us", "p50_us", "p80_us", "floor_us", "copy_gb_s",
 )  # fmt: skip
-LOOP_REPEATS = 3  # on a GPU, of what takes half a second a call
+LOOP_REPEATS = 2  # on a GPU, of what takes half a second a call
 CHECKED = 4  # matrices, or layers, on which ours must equal the reference: results do not depend on the batch
 FP32, BF16 = torch.float32, torch.bfloat16
 

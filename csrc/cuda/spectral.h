@@ -22,8 +22,8 @@ void spectral_loss(const SpectralPenaltyFwd& p);
 // `spectral_gradient` alone.
 void spectral_slope(const SpectralPenaltyBwd& p);
 void spectral_gradient(const SpectralPenaltyBwd& p);
-// The two products, for 16-bit elements and experts * rank a multiple of 8; the second is `spectral_gradient` as well.
-// Otherwise they are the caller's.
+// The two products, for fp32, and for 16-bit elements where experts * rank is a multiple of 8; the second is
+// `spectral_gradient` as well. Otherwise they are the caller's.
 void spectral_cross_product(const SpectralPenaltyFwd& p);
 void spectral_gradient_product(const SpectralPenaltyBwd& p);
 
