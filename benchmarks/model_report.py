@@ -1,4 +1,4 @@
-"""Rows of one run of `benchmarks model`: printed as they are measured, compared, saved."""
+"""Rows of one run of `benchmarks model`: printed and saved as they are measured, compared at the end."""
 
 import gc
 from collections.abc import Callable, Iterator
@@ -27,10 +27,10 @@ class ModelShape:
 
 
 class ModelReport:
-    """Prints and keeps the rows of one run."""
+    """Prints, keeps and saves the rows of one run; folder None saves none."""
 
-    def __init__(self, shape: ModelShape, device: torch.device) -> None:
-        self.shape, self.device, self.rows = shape, device, []
+    def __init__(self, shape: ModelShape, device: torch.device, folder: Path | None) -> None:
+        self.shape, self.device, self.rows, self.folder = shape, device, [], folder
         self._provenance = provenance(device)
         print("  ".join(f"{key} {value}" for key, value in self._provenance.items() if value))
         print(f"{shape.name}, {shape.batch * shape.length} tokens, {shape.dtype}", flush=True)
@@ -38,13 +38,13 @@ class ModelReport:
     @contextmanager
     def row(self, contender: ModelContender, layout: Layout, measure: str) -> Iterator[Callable]:
         """Yields what records one measurement. Running out of memory is a result too."""
+        if self.device.type == "cuda":  # here, where the frames of an earlier exception are gone
+            gc.collect()
+            torch.cuda.empty_cache()
         try:
             yield lambda *args, **kwargs: self._record(contender, layout, measure, *args, **kwargs)
         except torch.OutOfMemoryError:
-            self._keep(contender, layout, measure, note="out of memory")
-        if self.device.type == "cuda":  # after the exception and its frames are gone
-            gc.collect()
-            torch.cuda.empty_cache()
+            self._keep(contender, layout, measure, note="does not fit")
 
     def _record(
         self,
@@ -56,7 +56,7 @@ class ModelReport:
         loss: float | None = None,
     ) -> None:
         base = [row for row in self.rows if (row["contender"], row["measure"]) == (BASE.name, measure)]
-        over = time.p50 / float(base[0]["p50_us"]) - 1 if base else None
+        over = time.p50 / float(base[-1]["p50_us"]) - 1 if base and contender is not BASE else None
         self._keep(
             contender,
             layout,
@@ -72,7 +72,7 @@ class ModelReport:
     def _keep(self, contender: ModelContender, layout: Layout, measure: str, **values: str) -> None:
         layout_name = "" if contender is BASE else layout.name
         adapters = {"placement": layout_name, "rank": layout.rank, "experts": layout.experts, "groups": layout.groups}
-        self.rows.append(
+        row = (
             self._provenance
             | {"model": self.shape.name, "tokens": self.shape.batch * self.shape.length}
             | {"dtype": str(self.shape.dtype).removeprefix("torch."), "contender": contender.name}
@@ -80,6 +80,9 @@ class ModelReport:
             | (adapters if layout_name else {})
             | values
         )
+        self.rows.append(row)
+        if self.folder:  # at once: a run of minutes that is cut loses nothing
+            append(self.folder / "model.csv", MODEL_FIELDS, [{k: v for k, v in row.items() if k in MODEL_FIELDS}])
         line = f"  {layout_name:<12}{f'{contender.name} {contender.impl}':<34}{measure:<22}"
         if "note" in values:
             print(line + values["note"], flush=True)
@@ -89,12 +92,10 @@ class ModelReport:
         line += f"  peak {values['peak_gb']} GB" if values["peak_gb"] else ""
         print(line + (f"  loss {float(values['loss']):.6f}" if values["loss"] else ""), flush=True)
 
-    def finish(self, folder: Path | None) -> int:
+    def finish(self) -> int:
         """Exit status: 1 if the losses of exact contenders differ in a place."""
-        if folder:
-            kept = [{name: row[name] for name in MODEL_FIELDS if name in row} for row in self.rows]
-            append(folder / "model.csv", MODEL_FIELDS, kept)
-            print(f"{len(self.rows)} rows appended to {folder / 'model.csv'}")
+        if self.folder:
+            print(f"{len(self.rows)} rows appended to {self.folder / 'model.csv'}")
         losses: dict[str, set[str]] = {}
         for row in self.rows:
             if row["exact"] and row.get("loss"):

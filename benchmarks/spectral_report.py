@@ -14,9 +14,8 @@ from torch import Tensor
 import mtlora_kernels as mk
 
 from .digits import load_digits
-from .registry import default_impls
 from .results import RESULTS
-from .train import QUICK_STEPS, STEPS, deterministic, train
+from .train import QUICK_STEPS, STEPS, deterministic, kernels, train
 from .train_report import TrainRun
 from .vit import pretrained_backbone
 
@@ -79,7 +78,7 @@ def draw(plain: dict[str, Tensor], penalised: dict[str, Tensor], title: str, pat
 def run(
     device: torch.device, *, quick: bool = False, impls: Sequence[str] = (), save: bool = True, folder: Path = RESULTS
 ) -> int:
-    impl = impls[0] if impls else default_impls(device)[-1]
+    impl = impls[0] if impls else kernels(device)
     steps, found = QUICK_STEPS if quick else STEPS, {}
     with deterministic():
         digits = load_digits()

@@ -1,5 +1,8 @@
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -55,6 +58,19 @@ View view(uintptr_t data, int dtype, const py::tuple& strides) {
     for (size_t i = 0; i < strides.size(); ++i) v.stride[i] = strides[i].cast<int64_t>();
     return v;
 }
+
+#ifdef MTLORA_CUDA
+// plan: the parameters that a kind of call shares. addresses: of x, residual, lora_a, lora_b, router, expert_scale,
+// out, h, pi, load and workspace in this call, 0 for what is absent.
+void routed_lora_fwd_cuda(const RoutedLoraFwd& plan, uintptr_t stream, const std::array<uintptr_t, 11>& addresses) {
+    RoutedLoraFwd f = plan;
+    f.stream = pointer<void>(stream);
+    View* views[] = {&f.x, &f.residual, &f.lora_a, &f.lora_b, &f.router, &f.expert_scale, &f.out, &f.h, &f.pi, &f.load};
+    for (size_t i = 0; i < std::size(views); ++i) views[i]->data = pointer<void>(addresses[i]);
+    f.workspace = pointer<float>(addresses.back());
+    cuda::routed_lora_fwd(f);
+}
+#endif
 
 }  // namespace
 
@@ -164,7 +180,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("spectral_penalty_fwd_cpu", &cpu::spectral_penalty_fwd, py::call_guard<py::gil_scoped_release>());
     m.def("spectral_penalty_bwd_cpu", &cpu::spectral_penalty_bwd, py::call_guard<py::gil_scoped_release>());
 #ifdef MTLORA_CUDA
-    m.def("routed_lora_fwd_cuda", &cuda::routed_lora_fwd);
+    m.def("routed_lora_fwd_cuda", &routed_lora_fwd_cuda);
     m.def("routed_lora_bwd_cuda", &cuda::routed_lora_bwd);
     m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);

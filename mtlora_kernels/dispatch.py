@@ -15,24 +15,20 @@ from .limits import Call, hopper_limits, low_precision
 
 @dataclass(frozen=True)
 class Impl:
-    """forward and backward name modules; limits gives the reason why a call is not served, or None.
-
-    Of several backward modules, whose bits are the same, the first that is installed serves.
-    """
+    """forward and backward name modules; limits gives the reason why a call is not served, or None."""
 
     device_type: str | None
     forward: str
-    backward: tuple[str, ...]
+    backward: str
     limits: Callable[[Call], str | None]
 
 
 # fastest first
 _TABLE = {
-    "cpu": Impl("cpu", "native.cpu", ("native.cpu",), low_precision),
-    # On an H100 Triton's backward takes 192 us at T = 8192, d = 4096, N = r = 16, G = 2, the one in CUDA 290 us.
-    "cuda": Impl("cuda", "native.cuda", ("triton.routed_lora_bwd", "native.cuda_bwd"), hopper_limits),
-    "triton": Impl("cuda", "triton.routed_lora_fwd", ("triton.routed_lora_bwd",), low_precision),
-    "reference": Impl(None, "reference.routed_lora", ("reference.routed_lora_bwd",), lambda call: None),
+    "cpu": Impl("cpu", "native.cpu", "native.cpu", low_precision),
+    "cuda": Impl("cuda", "native.cuda", "native.cuda_bwd", hopper_limits),
+    "triton": Impl("cuda", "triton.routed_lora_fwd", "triton.routed_lora_bwd", low_precision),
+    "reference": Impl(None, "reference.routed_lora", "reference.routed_lora_bwd", lambda call: None),
 }
 IMPLS = tuple(_TABLE)
 
@@ -120,5 +116,4 @@ _resolve_once = cache(_resolve)
 def routed_lora_kernels(impl: str):
     """(forward, backward) of an implementation; its module is imported on first use."""
     row = _TABLE[impl]
-    backward = next(name for name in row.backward if BUILT["triton"] or not name.startswith("triton."))
-    return load_module(row.forward).routed_lora_fwd, load_module(backward).routed_lora_bwd
+    return load_module(row.forward).routed_lora_fwd, load_module(row.backward).routed_lora_bwd

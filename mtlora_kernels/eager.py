@@ -8,11 +8,12 @@ subclasses get the operators.
 import torch
 from torch import Tensor
 
-from . import ops
+from . import autograd, ops
+from .kept import PLAIN, Kept, keeper_of
 
 _forward_op = torch.ops.mtlora_kernels.routed_lora_fwd.default
 _backward_op = torch.ops.mtlora_kernels.routed_lora_bwd.default
-_PLAIN = (Tensor, torch.nn.Parameter, type(None))
+_PLAIN = (*PLAIN, type(None))
 
 
 def nobody_listens(tensors: tuple[Tensor | None, ...], x: Tensor) -> bool:
@@ -42,18 +43,32 @@ def _backward(*inputs):
 
 class _RoutedLora(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):
+    def forward(ctx, *inputs):  # of the operator, and the node of a kept x or None
+        *inputs, keeper = inputs
         output = _forward(*inputs)
-        ops.setup_context(ctx, inputs, output)
+        tensors = autograd.needed(inputs, output)
+        if Kept.serves(keeper, tensors):
+            ctx.saved = Kept(keeper, tensors)
+        else:
+            ctx.saved = None
+            ctx.save_for_backward(*tensors)
+        autograd.remember_rest(ctx, inputs, output[0])
         return output[:2]
 
     @staticmethod
     def backward(ctx, dout, dload):
-        return ops.gradients(ctx, dout, dload, _backward)
+        return *autograd.gradients(ctx, dout, dload, _backward, ctx.saved or (lambda: ctx.saved_tensors)), None
 
 
-def routed_lora(*inputs) -> tuple[Tensor, Tensor]:
-    """(out, load) of the operator routed_lora_fwd, differentiable."""
+# Function.apply is this after a look at every argument for what a functorch transform may have left: 15 % of a call.
+_apply = super(torch.autograd.Function, _RoutedLora).apply
+
+
+def routed_lora(given: Tensor, *inputs) -> tuple[Tensor, Tensor]:
+    """(out, load) of the operator routed_lora_fwd, differentiable; what load is without return_load is left open.
+    given is x before it was flattened to tokens."""
     if torch.compiler.is_compiling():
         return _forward_op(*inputs)[:2]
-    return _RoutedLora.apply(*inputs) if torch.is_grad_enabled() else _forward(*inputs)[:2]
+    if not torch.is_grad_enabled():
+        return _forward(*inputs)[:2]
+    return (_RoutedLora.apply if torch._C._are_functorch_transforms_active() else _apply)(*inputs, keeper_of(given))

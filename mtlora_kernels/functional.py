@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .dispatch import resolve
-from .limits import Call
-from .reference.routed_lora import output_dtype
-from .validation import COMPUTE_DTYPES, check_routed_lora, seed_tensor, stacked_experts, token_route_weights
+from .settle import settled
+from .validation import seed_tensor, stacked_experts, token_route_weights
 
 
 def routed_lora(
@@ -70,42 +68,14 @@ def routed_lora(
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was launched.
         RuntimeError: on a second derivative.
     """
-    b = stacked_experts(lora_b)
-    check_routed_lora(
-        x,
-        lora_a,
-        b,
-        router,
-        residual,
-        scaling=scaling,
-        num_groups=num_groups,
-        numerics=numerics,
-        activation=activation,
-        expert_scale=expert_scale,
-        dropout_p=dropout_p,
-        route_weights=route_weights,
-        accumulate_into_residual=accumulate_into_residual,
-    )
-    if compute_dtype is None:
-        device_type = x.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        compute_dtype = torch.get_autocast_dtype(device_type) if autocast else x.dtype
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
-    leading, (experts, d_out, rank), flat = x.shape[:-1], b.shape, x.dim() == 2
-    call = Call(
-        compute_dtype=compute_dtype,
-        x_dtype=x.dtype,
-        out_dtype=output_dtype(residual, compute_dtype),
-        d_in=x.shape[-1],
-        d_out=d_out,
-        rank=rank,
-        experts=experts,
-        groups=num_groups,
-        eager=numerics == "eager",
-        dropout=dropout_p > 0,
-    )
+    b = lora_b if isinstance(lora_b, Tensor) else stacked_experts(lora_b)
+    chosen, dtype = settled(
+        (x, lora_a, b, router, residual, expert_scale, route_weights), scaling, num_groups, numerics, activation,
+        dropout_p, accumulate_into_residual, impl, compute_dtype,
+    )  # fmt: skip
+    leading, d_out, flat = x.shape[:-1], b.shape[1], x.dim() == 2
     out, load = eager.routed_lora(
+        x,
         x if flat else x.reshape(-1, x.shape[-1]),
         lora_a,
         b,
@@ -119,10 +89,10 @@ def routed_lora(
         numerics,
         activation,
         float(dropout_p),
-        compute_dtype,
+        dtype,
         accumulate_into_residual,
         return_load,
-        resolve(impl, x.device, call),
+        chosen,
     )
     out = out if flat else out.view(*leading, d_out)
     return (out, load) if return_load else out

@@ -4,11 +4,9 @@ Forward and backward are separate opaque operators with every argument explicit.
 what was not asked for comes back as an empty tensor. All tensors arrive validated and flattened to tokens.
 """
 
-from collections.abc import Callable
-
 import torch
-from torch import Tensor
 
+from .autograd import gradients, setup_context
 from .device import on_device
 from .dispatch import routed_lora_kernels
 from .reference.arithmetic import acc_dtype
@@ -35,6 +33,7 @@ def run_forward(
     x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling, num_groups, numerics,
     activation, dropout_p, compute_dtype, accumulate_into_residual, return_load, impl,
 ):  # fmt: skip
+    """out, load, h and pi of an implementation, load None if it was not asked for."""
     forward, _ = routed_lora_kernels(impl)
     with on_device(x):
         return forward(
@@ -42,6 +41,11 @@ def run_forward(
             num_groups=num_groups, numerics=numerics, activation=activation, dropout_p=dropout_p,
             compute_dtype=compute_dtype, accumulate_into_residual=accumulate_into_residual, return_load=return_load,
         )  # fmt: skip
+
+
+def _routed_lora_fwd(x, *inputs):
+    out, load, h, pi = run_forward(x, *inputs)
+    return out, x.new_empty(0, dtype=acc_dtype(h.dtype)) if load is None else load, h, pi
 
 
 def _routed_lora_fwd_fake(
@@ -84,42 +88,8 @@ def _routed_lora_bwd_fake(
     )
 
 
-def setup_context(ctx, inputs, output) -> None:
-    x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling = inputs[:9]
-    out, _, h, pi = output
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, lora_a, lora_b, router, h, pi, expert_scale, seed)
-    ctx.out_shape = out.shape
-    ctx.route_dtype = None if route_weights is None else route_weights.dtype
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.scalars = (scaling, *inputs[11:13])  # activation, dropout_p
-    ctx.return_load, ctx.impl = inputs[15:]
-
-
-def gradients(ctx, dout: Tensor | None, dload: Tensor | None, backward: Callable) -> tuple[Tensor | None, ...]:
-    """Of every input of the forward operator; backward is its backward operator, or what stands for it."""
-    need_residual = ctx.needs_input_grad[5]
-    needs = [*ctx.needs_input_grad[:5], ctx.needs_input_grad[6]]
-    if not ctx.return_load:
-        dload = None  # an empty load can still get an empty gradient
-    dx = da = db = drouter = dweights = dresidual = dscale = None
-    if need_residual and dout is not None:
-        dresidual = dout.to(ctx.residual_dtype)
-    if any(needs) and not (dout is None and dload is None):
-        x, lora_a, lora_b, router, h, pi, expert_scale, seed = ctx.saved_tensors
-        if dout is None:
-            dout = h.new_zeros(1).expand(ctx.out_shape)
-        results = backward(
-            dout, dload, x, lora_a, lora_b, router, h, pi, expert_scale, seed, *ctx.scalars, needs, ctx.impl
-        )
-        dx, da, db, drouter, dweights, dscale = (g if need else None for g, need in zip(results, needs, strict=True))
-        if dweights is not None:
-            dweights = dweights.to(ctx.route_dtype)
-    return dx, da, db, drouter, dweights, dresidual, dscale, *[None] * 10
-
-
 def _autograd_backward(ctx, dout, dload, _dh, _dpi):
-    return gradients(ctx, dout, dload, torch.ops.mtlora_kernels.routed_lora_bwd)
+    return gradients(ctx, dout, dload, torch.ops.mtlora_kernels.routed_lora_bwd, lambda: ctx.saved_tensors)
 
 
 def _no_double_backward(ctx, *grads):
@@ -129,7 +99,7 @@ def _no_double_backward(ctx, *grads):
 
 
 for _key in ("CPU", "CUDA"):
-    _lib.impl("routed_lora_fwd", run_forward, _key)
+    _lib.impl("routed_lora_fwd", _routed_lora_fwd, _key)
     _lib.impl("routed_lora_bwd", _routed_lora_bwd, _key)
 torch.library.register_fake("mtlora_kernels::routed_lora_fwd", _routed_lora_fwd_fake, lib=_lib)
 torch.library.register_fake("mtlora_kernels::routed_lora_bwd", _routed_lora_bwd_fake, lib=_lib)

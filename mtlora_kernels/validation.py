@@ -27,11 +27,8 @@ def require_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str
         raise ValueError(f"{name} has shape {tuple(value.shape)}, it must be {meaning} = {tuple(shape)}")
 
 
-def stacked_experts(lora_b: Tensor | Sequence[Tensor]) -> Tensor:
-    """lora_b as one tensor [N, d_out, r]; a sequence of N tensors [d_out, r] is stacked."""
-    if isinstance(lora_b, Tensor):
-        require_tensor("lora_b", lora_b, dim=3)
-        return lora_b
+def stacked_experts(lora_b: Sequence[Tensor]) -> Tensor:
+    """A sequence of N tensors [d_out, r] as one tensor [N, d_out, r]."""
     if not lora_b:
         raise ValueError("lora_b is an empty sequence, it must hold one tensor [d_out, r] per expert")
     for i, b in enumerate(lora_b):
@@ -59,6 +56,7 @@ def check_routed_lora(
     """Raise ValueError or TypeError for the first argument of `routed_lora` that does not fit the others."""
     require_tensor("x", x, min_dim=1)
     require_tensor("lora_a", lora_a, dim=2)
+    require_tensor("lora_b", lora_b, dim=3)
     d_in, (n, d_out, r) = x.shape[-1], lora_b.shape
     if min(n, d_out, r, d_in) <= 0:
         raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}, every size must be positive")

@@ -198,8 +198,10 @@ def test_no_tokens(cpu_impl, leading):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(cpu_impl, dtype):
     inputs = random_inputs(*SHAPE, expert_scale=True)
+    without = run_case(cpu_impl, inputs)
     with torch.autocast("cpu", dtype):
         actual = run_case(cpu_impl, inputs)
+    assert_bitwise_equal(run_case(cpu_impl, inputs)["out"], without["out"])
     expected = run_case("reference", inputs.with_options(compute_dtype=dtype))
     for name, t in actual.items():
         assert t.dtype == torch.float32

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mtlora_kernels as mk
+from mtlora_kernels.memo import MOST, Memo
 from mtlora_kernels.testing import random_inputs
 
 T, D_IN, D_OUT, R, N, G = 6, 12, 16, 3, 4, 2
@@ -92,6 +93,23 @@ def test_rule(error, name, changes, says):
     message = str(raised.value)
     assert "\n" not in message
     assert len(message) < 250
+
+
+CHANGES = {"scaling": True, "dropout_p": 1.0, "num_groups": 3, "lora_a": torch.ones(R, D_IN).long(), "numerics": "fp64"}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_call_that_went_well_lets_no_other_pass(name):
+    mk.routed_lora(**arguments(scaling=1.0))
+    with pytest.raises((TypeError, ValueError), match=f"^{name}"):
+        mk.routed_lora(**arguments(scaling=1.0) | {name: CHANGES[name]})
+
+
+def test_memo_is_bounded():
+    memo = Memo()
+    for i in range(MOST + 1):
+        assert memo.keep(i, -i) == -i
+    assert memo == {MOST: -MOST}
 
 
 @pytest.mark.parametrize("name", ["lora_a", "lora_b", "router", "residual", "expert_scale"])

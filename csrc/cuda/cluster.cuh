@@ -19,12 +19,6 @@ __device__ inline uint32_t cluster_address(const void* p, uint32_t rank) {
     return address;
 }
 
-__device__ inline float cluster_load(uint32_t address) {
-    float value;
-    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
-    return value;
-}
-
 __device__ inline void cluster_arrive(uint32_t barrier_address) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_address) : "memory");
 }

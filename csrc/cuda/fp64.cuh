@@ -29,6 +29,22 @@ __device__ inline T rounded_to(float v) {
         return rounded<T>(v);
 }
 
+// Walks the cells of a grid that thread 0, 1, ... of `threads` owns, without a division a step.
+struct Cells {
+    int row, col, row_step, col_step, cols;
+
+    __device__ Cells(int thread, int threads, int cols)
+        : row(thread / cols), col(thread % cols), row_step(threads / cols), col_step(threads % cols), cols(cols) {}
+    __device__ void next() {
+        row += row_step;
+        col += col_step;
+        if (col >= cols) {
+            col -= cols;
+            ++row;
+        }
+    }
+};
+
 // count contiguous elements, moved as one access where their alignment allows it.
 template <class T, int count, bool aligned>
 struct alignas(aligned ? sizeof(T) * count : sizeof(T)) Elements {
@@ -42,6 +58,42 @@ __device__ inline void mma(double (&c)[2], double a, double b) {
     asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
                  : "+d"(c[0]), "+d"(c[1])
                  : "d"(a), "d"(b));
+}
+
+// c [16, 8] += a [16, 4 kSteps] b [4 kSteps, 8], Hopper's shapes: `low` and `high` are the results of rows t / 4 and t
+// / 4
+// + 8, a and b what `mma` takes, step by step.
+template <int kSteps>
+__device__ inline void mma16(double (&low)[2], double (&high)[2], const double (&a_low)[kSteps],
+                             const double (&a_high)[kSteps], const double (&b)[kSteps]) {
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kSteps == 4) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k16.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7, %8, %9, %10, %11}, "
+            "{%12, %13, %14, %15}, {%0, %1, %2, %3};"
+            : "+d"(low[0]), "+d"(low[1]), "+d"(high[0]), "+d"(high[1])
+            : "d"(a_low[0]), "d"(a_high[0]), "d"(a_low[1]), "d"(a_high[1]), "d"(a_low[2]), "d"(a_high[2]),
+              "d"(a_low[3]), "d"(a_high[3]), "d"(b[0]), "d"(b[1]), "d"(b[2]), "d"(b[3]));
+    } else if constexpr (kSteps == 2) {
+        asm volatile(
+            "mma.sync.aligned.m16n8k8.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+d"(low[0]), "+d"(low[1]), "+d"(high[0]), "+d"(high[1])
+            : "d"(a_low[0]), "d"(a_high[0]), "d"(a_low[1]), "d"(a_high[1]), "d"(b[0]), "d"(b[1]));
+    } else {
+        static_assert(kSteps == 1);
+        asm volatile(
+            "mma.sync.aligned.m16n8k4.row.col.f64.f64.f64.f64 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+d"(low[0]), "+d"(low[1]), "+d"(high[0]), "+d"(high[1])
+            : "d"(a_low[0]), "d"(a_high[0]), "d"(b[0]));
+    }
+#else
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+        mma(low, a_low[step], b[step]);
+        mma(high, a_high[step], b[step]);
+    }
+#endif
 }
 
 // The sum over the lanes of a warp, in every lane: the halving tree of `tree_sum` in reference/arithmetic.py.

@@ -1,5 +1,7 @@
 // One warp sums one lane of the row tree, rows lane, lane + 32, ..., as a chain of tensor-core products of four rows;
-// the warps of a block then add up by halves. A block owns a square tile of A^T A.
+// the warps of a block then add up by halves. A block owns a square tile of A^T A. Where a tile fills the registers,
+// four warps sum two lanes each, one after the other: two blocks share a multiprocessor, and one's ends hide behind the
+// other.
 #include <cuda_runtime.h>
 
 #include "cuda/fp64.cuh"
@@ -9,14 +11,15 @@
 namespace mtlora::cuda {
 namespace {
 
-constexpr int kSumLanes = 32, kWarps = kSumLanes / kGramSplits, kThreads = kWarps * kWarp;
-constexpr int kTile = 32;  // columns of a tile when the matrix has more
-constexpr int kAhead = 4;  // products whose rows are loaded together
+constexpr int kSumLanes = 32, kLanes = kSumLanes / kGramSplits;  // lanes a block sums
+constexpr int kWhole = 64;  // columns of the widest matrix whose triangle one block holds in registers
+constexpr int kTile = 32;   // columns of a tile when the matrix has more
 
 struct GramArgs {
     const void* a;
     int64_t matrix_stride, row_stride;
     int rows, cols, tiles;
+    bool backwards;
     double* partial;
 };
 
@@ -39,78 +42,122 @@ struct Columns {
     }
 };
 
+template <int V>
+constexpr int kWarps = V > 4 ? kLanes / 2 : kLanes;
+
 template <class T, int V, bool kAligned, bool kDiagonal>
 __device__ void gram_tile(const GramArgs& a, int64_t matrix, int split, int left, int top) {
+    using Row = Elements<T, V, kAligned>;
     constexpr int kBlocks = kDiagonal ? V * (V + 1) / 2 : V * V;
-    const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-    const int first_row = split + kGramSplits * warp + kSumLanes * (lane % 4), column = V * (lane / 4);
+    // Products whose rows are loaded together, 64 bytes a thread; with few warps on a multiprocessor, during those
+    // before.
+    constexpr int kBytes = V * int(sizeof(T)), kAhead = kBytes >= 32 ? 2 : kBytes >= 16 ? 4 : 8;
+    constexpr bool kEarly = V > 4;
+    constexpr int kSteps = V > 4 ? 1 : 2;  // of an instruction
+    const int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp, column = V * (lane / 4);
     const T* base = static_cast<const T*>(a.a) + matrix * a.matrix_stride;
     const Columns<T, V, kAligned> up{base + top + column, a.cols - top - column};
     const Columns<T, V, kAligned> down{base + left + column, a.cols - left - column};
 
-    double acc[kBlocks][2] = {};
-    for (int row = first_row; row - kSumLanes * (lane % 4) < a.rows; row += 4 * kSumLanes * kAhead) {
-        typename Columns<T, V, kAligned>::Row x[kAhead], y[kDiagonal ? 1 : kAhead];
+    const auto load = [&](Row(&x)[kAhead], const Columns<T, V, kAligned>& columns, int row) {
 #pragma unroll
         for (int step = 0; step < kAhead; ++step) {
             const int at = row + 4 * kSumLanes * step;
-            x[step] = up.load(at * a.row_stride, at < a.rows);
-            if constexpr (!kDiagonal) y[step] = down.load(at * a.row_stride, at < a.rows);
+            x[step] = columns.load(at * a.row_stride, at < a.rows);
+        }
+    };
+    double acc[V][V][2];  // blocks (i, j), of a tile on the diagonal those with i <= j
+    const auto blocks = [&](auto visit) {
+        int block = 0;
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+#pragma unroll
+            for (int j = kDiagonal ? i : 0; j < V; ++j) visit(acc[i][j], i, j, block++);
+        }
+    };
+    const auto multiply = [&](const Row* x, const Row* y) {  // kSteps rows of each
+        double rows[V][kSteps], cols[V][kSteps];
+#pragma unroll
+        for (int i = 0; i < V; ++i) {
+#pragma unroll
+            for (int step = 0; step < kSteps; ++step) {
+                rows[i][step] = to_double(x[step].at[i]);
+                cols[i][step] = kDiagonal ? rows[i][step] : to_double(y[step].at[i]);
+            }
         }
 #pragma unroll
-        for (int step = 0; step < kAhead; ++step) {
-            double rows[V], cols[V];
+        for (int i = 0; i + 1 < V; i += 2) {
 #pragma unroll
-            for (int i = 0; i < V; ++i) {
-                rows[i] = to_double(x[step].at[i]);
-                cols[i] = kDiagonal ? rows[i] : to_double(y[kDiagonal ? 0 : step].at[i]);
+            for (int j = kDiagonal ? i : 0; j < V; ++j)
+                mma16<kSteps>(acc[i][j], acc[i + 1][j], rows[i], rows[i + 1], cols[j]);
+        }
+        if constexpr (V % 2 == 1) {
+#pragma unroll
+            for (int j = kDiagonal ? V - 1 : 0; j < V; ++j) {
+#pragma unroll
+                for (int step = 0; step < kSteps; ++step) mma(acc[V - 1][j], rows[V - 1][step], cols[j][step]);
             }
-            int block = 0;
+        }
+    };
+    // A warp keeps its sums in its own part of the exchange, for itself or for the warp it is added to.
+    double2* own = reinterpret_cast<double2*>(shared_memory()) + warp * kBlocks * kWarp + lane;
+    const auto keep = [&] {
+        blocks([&](double (&sum)[2], int, int, int i) { own[i * kWarp] = make_double2(sum[0], sum[1]); });
+    };
+    const auto add = [&](int warps_away) {
+        blocks([&](double (&sum)[2], int, int, int i) {
+            const double2 other = own[(warps_away * kBlocks + i) * kWarp];
+            sum[0] += other.x;
+            sum[1] += other.y;
+        });
+    };
+#pragma unroll 1
+    for (int later = kLanes / kWarps<V> - 1; later >= 0; --later) {  // the lane of the tree's upper half first
+        const int of_tree = split + kGramSplits * (warp + later * kWarps<V>);
+        blocks([&](double (&sum)[2], int i, int j, int) {
+            sum[0] = sum[1] = 0;
+            if (kDiagonal && i % 2 == 0 && i == j && i + 1 < V) acc[i + 1][j][0] = acc[i + 1][j][1] = 0;  // unused
+        });
+        Row x[kAhead], y[kAhead], next[kAhead];
+        load(x, up, of_tree + kSumLanes * (lane % 4));
+        for (int start = of_tree; start < a.rows; start += 4 * kSumLanes * kAhead) {
+            const int row = start + kSumLanes * (lane % 4), after = row + 4 * kSumLanes * kAhead;
+            if constexpr (kEarly) load(next, up, after);
+            if constexpr (!kDiagonal) load(y, down, row);
 #pragma unroll
-            for (int i = 0; i < V; ++i) {
+            for (int step = 0; step < kAhead; step += kSteps) multiply(x + step, y + step);
+            if constexpr (kEarly) {
 #pragma unroll
-                for (int j = kDiagonal ? i : 0; j < V; ++j) mma(acc[block++], rows[i], cols[j]);
+                for (int step = 0; step < kAhead; ++step) x[step] = next[step];
+            } else {
+                load(x, up, after);
             }
+        }
+        if (later > 0) {
+            keep();
+        } else if (kWarps<V> < kLanes) {
+            add(0);
         }
     }
-
-    double2* exchange = reinterpret_cast<double2*>(shared_memory());
-    for (int half = kWarps / 2; half; half /= 2) {
-        double2* slot = exchange + (warp % half * kBlocks) * kWarp + lane;
-        if (warp >= half && warp < 2 * half) {
-#pragma unroll
-            for (int i = 0; i < kBlocks; ++i) slot[i * kWarp] = make_double2(acc[i][0], acc[i][1]);
-        }
+    for (int half = kWarps<V> / 2; half; half /= 2) {
+        if (warp >= half && warp < 2 * half) keep();
         __syncthreads();
-        if (warp < half) {
-#pragma unroll
-            for (int i = 0; i < kBlocks; ++i) {
-                const double2 other = slot[i * kWarp];
-                acc[i][0] += other.x;
-                acc[i][1] += other.y;
-            }
-        }
-        __syncthreads();
+        if (warp < half) add(half);
     }
     if (warp != 0) return;
     double* node = a.partial + (matrix * kGramSplits + split) * a.cols * a.cols;
-    int block = 0;
+    blocks([&](double (&sum)[2], int bi, int bj, int) {
 #pragma unroll
-    for (int bi = 0; bi < V; ++bi) {
-#pragma unroll
-        for (int bj = kDiagonal ? bi : 0; bj < V; ++bj, ++block) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int i = top + column + bi, j = left + V * (2 * (lane % 4) + e) + bj;
-                if (i < a.cols && j < a.cols) node[i < j ? i * a.cols + j : j * a.cols + i] = acc[block][e];
-            }
+        for (int e = 0; e < 2; ++e) {
+            const int i = top + column + bi, j = left + V * (2 * (lane % 4) + e) + bj;
+            if (i < a.cols && j < a.cols) node[i < j ? i * a.cols + j : j * a.cols + i] = sum[e];
         }
-    }
+    });
 }
 
 template <class T, int V, bool kAligned>
-__global__ void __launch_bounds__(kThreads) gram_kernel(const GramArgs a) {
-    int index = int(blockIdx.x);
+__global__ void __launch_bounds__(kWarps<V>* kWarp) gram_kernel(const GramArgs a) {
+    int index = int(a.backwards ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
     const int tiles = a.tiles * (a.tiles + 1) / 2;
     int tile = index % tiles;  // those of one matrix are neighbours, so that only the first reads its rows from memory
     index /= tiles;
@@ -132,37 +179,47 @@ __global__ void __launch_bounds__(kThreads) gram_kernel(const GramArgs a) {
 template <class T, int V>
 void start(const GramArgs& a, int64_t batch, void* stream) {
     const int64_t bytes = V * int64_t(sizeof(T));
-    const bool aligned = V != 3 && a.cols % V == 0 && a.row_stride % V == 0 && a.matrix_stride % V == 0 &&
+    constexpr bool kVector = (V & (V - 1)) == 0;
+    const bool aligned = kVector && a.cols % V == 0 && a.row_stride % V == 0 && a.matrix_stride % V == 0 &&
                          reinterpret_cast<uintptr_t>(a.a) % bytes == 0;
     const dim3 grid{unsigned(batch * kGramSplits * (a.tiles * (a.tiles + 1) / 2))};
     const int blocks = a.tiles > 1 ? V * V : V * (V + 1) / 2;
-    const int shared = kWarps / 2 * blocks * kWarp * int(sizeof(double2));
-    if constexpr (V != 3) {
-        if (aligned) return launch<gram_kernel<T, V, true>>("gram", grid, kThreads, shared, stream, false, a);
+    const int threads = kWarps<V> * kWarp, shared = threads * blocks * int(sizeof(double2));
+    if constexpr (kVector) {
+        if (aligned) return launch<gram_kernel<T, V, true>>("gram", grid, threads, shared, stream, false, a);
     }
-    launch<gram_kernel<T, V, false>>("gram", grid, kThreads, shared, stream, false, a);
+    launch<gram_kernel<T, V, false>>("gram", grid, threads, shared, stream, false, a);
 }
 
 template <class T>
 void start(const GramArgs& a, int64_t batch, void* stream) {
-    switch ((a.cols + 7) / 8) {
+    switch (a.tiles > 1 ? kTile / 8 : (a.cols + 7) / 8) {
         case 1:
             return start<T, 1>(a, batch, stream);
         case 2:
             return start<T, 2>(a, batch, stream);
         case 3:
             return start<T, 3>(a, batch, stream);
-        default:
+        case 4:
             return start<T, 4>(a, batch, stream);
+        case 5:
+            return start<T, 5>(a, batch, stream);
+        case 6:
+            return start<T, 6>(a, batch, stream);
+        case 7:
+            return start<T, 7>(a, batch, stream);
+        default:
+            return start<T, 8>(a, batch, stream);
     }
 }
 
 }  // namespace
 
-void gram_partial(const View& a, int64_t batch, int64_t rows, int64_t cols, double* partial, void* stream) {
+void gram_partial(const View& a, int64_t batch, int64_t rows, int64_t cols, double* partial, void* stream,
+                  bool backwards) {
     const GramArgs args{a.data,    a.stride[0], a.stride[1],
-                        int(rows), int(cols),   int(cols <= kTile ? 1 : (cols + kTile - 1) / kTile),
-                        partial};
+                        int(rows), int(cols),   int(cols <= kWhole ? 1 : (cols + kTile - 1) / kTile),
+                        backwards, partial};
     for_dtype(a.dtype, [&](auto element) { start<decltype(element)>(args, batch, stream); });
 }
 

@@ -12,8 +12,9 @@ namespace mtlora::cuda {
 constexpr int kGramSplits = 4;
 
 // partial [batch, kGramSplits, cols, cols]: the upper triangles of the nodes, for `gram_element`. Columns of a
-// [batch, rows, cols] are contiguous, cols <= 256.
-void gram_partial(const View& a, int64_t batch, int64_t rows, int64_t cols, double* partial, void* stream);
+// [batch, rows, cols] are contiguous, cols <= 256. `backwards` begins with the last matrix, which may still be in L2.
+void gram_partial(const View& a, int64_t batch, int64_t rows, int64_t cols, double* partial, void* stream,
+                  bool backwards = false);
 
 inline int64_t gram_doubles(int64_t batch, int64_t cols) {
     return batch * kGramSplits * cols * cols;

@@ -69,6 +69,11 @@ __device__ inline void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
+// The same without a memory barrier, which takes half a microsecond: enough after `barrier_init_fence`.
+__device__ inline void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
 // Arrive on the barrier at the same place in another block of the cluster.
 __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
     asm volatile(
@@ -82,6 +87,21 @@ __device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
 // One barrier among `threads` threads of the block; id 0 is __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// The same, and whether `condition` held for all of them.
+template <int id, int threads>
+__device__ inline bool named_barrier_all(bool condition) {
+    uint32_t all;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "setp.ne.u32 p, %3, 0;\n"
+        "barrier.cta.red.and.aligned.pred p, %1, %2, p;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(all)
+        : "n"(id), "n"(threads), "r"(uint32_t(condition))
+        : "memory");
+    return all;
 }
 
 // ---- Dependent launches ----
@@ -114,6 +134,17 @@ __device__ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barr
         : "memory");
 }
 
+// What is read once leaves L2 before what others still read.
+__device__ inline void tma_load_once(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2) {
+    asm volatile(
+        "{\n.reg .b64 policy;\n"
+        "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4, %5}], [%2], policy;\n}" ::"r"(smem_address(to)),
+        "l"(map), "r"(smem_address(barrier)), "r"(c0), "r"(c1), "r"(c2)
+        : "memory");
+}
+
 __device__ inline void tma_load(void* to, const CUtensorMap* map, uint64_t* barrier, int c0, int c1, int c2, int c3) {
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
@@ -138,6 +169,11 @@ __device__ inline void tma_store(const CUtensorMap* map, const void* from, int c
                  : "memory");
 }
 
+// Fetches the map itself, so that the first copy does not wait for it.
+__device__ inline void prefetch(const CUtensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ inline void tma_store_commit() {
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
@@ -151,6 +187,22 @@ __device__ inline void tma_store_wait_read() {
 // Orders this thread's ordinary writes to shared memory before later reads by TMA and wgmma.
 __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// ---- Matrices of 8 x 8 elements in shared memory: 16 bytes a row, lane l gives the address of row l % 8 of matrix l /
+// 8; lane l holds two elements of each, row l / 4, columns 2 (l % 4) (+ 1), as wgmma's accumulators do ----
+
+__device__ inline void load_matrices(uint32_t (&m)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(row)
+                 : "memory");
+}
+
+__device__ inline void store_matrices(uint32_t row, const uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
+                 "r"(m[2]), "r"(m[3])
+                 : "memory");
 }
 
 // ---- wgmma: D [64, N] += A [64, 16] B [16, N], fp32 accumulators, issued by a warpgroup ----
@@ -233,17 +285,21 @@ __device__ inline void wgmma_wait() {
     MTLORA_REGS_64                                                                     \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MTLORA_REGS_256                                                                            \
-    MTLORA_REGS_128                                                                                \
-    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"             \
-    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"             \
-    ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111" \
-    ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MTLORA_REGS_208                                                                \
+    MTLORA_REGS_128                                                                    \
+    ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
+    ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
+    ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define MTLORA_REGS_256                                                        \
+    MTLORA_REGS_208                                                            \
+    ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115" \
+    ", %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MTLORA_OUT_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MTLORA_OUT_8(d, i) MTLORA_OUT_4(d, i), MTLORA_OUT_4(d, i + 4)
 #define MTLORA_OUT_16(d, i) MTLORA_OUT_8(d, i), MTLORA_OUT_8(d, i + 8)
 #define MTLORA_OUT_32(d, i) MTLORA_OUT_16(d, i), MTLORA_OUT_16(d, i + 16)
 #define MTLORA_OUT_64(d, i) MTLORA_OUT_32(d, i), MTLORA_OUT_32(d, i + 32)
+#define MTLORA_OUT_104(d, i) MTLORA_OUT_64(d, i), MTLORA_OUT_32(d, i + 64), MTLORA_OUT_8(d, i + 96)
 #define MTLORA_OUT_128(d, i) MTLORA_OUT_64(d, i), MTLORA_OUT_64(d, i + 64)
 
 // accumulate = false starts from zero.
@@ -284,6 +340,7 @@ MTLORA_WGMMA(16, 8, 8, 9, 10, 11, 12, 13, 14)
 MTLORA_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
 MTLORA_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 MTLORA_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
+MTLORA_WGMMA(208, 104, 104, 105, 106, 107, 108, 109, 110)
 MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
 #undef MTLORA_WGMMA
@@ -294,12 +351,14 @@ MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef MTLORA_REGS_32
 #undef MTLORA_REGS_64
 #undef MTLORA_REGS_128
+#undef MTLORA_REGS_208
 #undef MTLORA_REGS_256
 #undef MTLORA_OUT_4
 #undef MTLORA_OUT_8
 #undef MTLORA_OUT_16
 #undef MTLORA_OUT_32
 #undef MTLORA_OUT_64
+#undef MTLORA_OUT_104
 #undef MTLORA_OUT_128
 
 }  // namespace mtlora::cuda

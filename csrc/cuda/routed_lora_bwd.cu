@@ -124,6 +124,7 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     Buffers w;
     w.dw = static_cast<float*>(carver.take(needs_dw, pairs * f.experts * 4));
     w.dh = static_cast<float*>(carver.take(needs_rows, blocks * f.tokens * f.rank * 4));
+    w.chunk_sums = static_cast<float*>(carver.take(chunk_sums(f) > 0, chunk_sums(f) * 4));
     w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
     w.b_tiles = carver.take(needs_dw || needs_rows,
                             f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
@@ -195,8 +196,8 @@ void routed_lora_bwd(const RoutedLoraBwd& f) {
         route(f, w);
     }
     if (f.dlora_b.data) grad_b(f, w);
-    if (f.dx.data) grad_x(f, w);
     if (f.dlora_a.data || f.drouter.data) grad_rows(f, w);
+    if (f.dx.data) grad_x(f, w);  // last: what it writes leaves L2 while others read
     if (f.dexpert_scale.data) {
         sum_rows(w.dw, DType::f32, f.tokens * f.groups, int(f.experts), f.scaling,
                  static_cast<float*>(f.dexpert_scale.data), w.sums, f.stream);

@@ -10,12 +10,13 @@ namespace mtlora::cuda {
 
 // Workspaces; absent where no gradient asked for reads them.
 struct Buffers {
-    float* dw;       // [T, G, N]; pi d(w) after `route` where d(expert_scale) is asked for
-    float* dh;       // [blocks of 128 columns, T, rank]
-    void* rows;      // [T, row_pitch]: d(h), zeros up to padded_rank, d(logits)
-    void* b_tiles;   // [G, steps of 64 outputs, weight_blocks]: 64 outputs by 128 columns, as wgmma reads them
-    void* pi_tiles;  // [G, tiles of 64 tokens, tile_experts, 64]
-    float* sums;     // partial sums of d(expert_scale)
+    float* dw;          // [T, G, N]; pi d(w) after `route` where d(expert_scale) is asked for
+    float* dh;          // [blocks of 128 columns, T, rank]
+    void* rows;         // [T, row_pitch]: d(h), zeros up to padded_rank, d(logits)
+    void* b_tiles;      // [G, steps of 64 outputs, weight_blocks]: 64 outputs by 128 columns, as wgmma reads them
+    void* pi_tiles;     // [G, tiles of 64 tokens, tile_experts, 64]
+    float* chunk_sums;  // [chunks of tokens, columns, features] of d(lora_b), then of the rows' product
+    float* sums;        // partial sums of d(expert_scale)
 };
 
 constexpr int kWeightTileBytes = 64 * 128 * 2;
@@ -31,9 +32,19 @@ void grad_x(const RoutedLoraBwd& f, const Buffers& w);     // from the rows, A a
 inline int padded_rank(const RoutedLoraBwd& f) {
     return f.rank < 16 ? 16 : int(f.rank);
 }
-// 128 bytes: a row of a TMA box is one line of L2.
+// Columns of a row up to the last of d(logits).
+inline int row_width(const RoutedLoraBwd& f) {
+    return f.router.data ? padded_rank(f) + int(f.groups * f.experts) : int(f.rank);
+}
+// 128 bytes, 64 columns: a row of a TMA box is one line of L2 (75 to 64 us for grad_rows at G = 32).
 inline int64_t row_pitch(const RoutedLoraBwd& f) {
     return ceil_div(padded_rank(f) + (f.router.data ? f.groups * f.experts : 0), 64) * 64;
+}
+// Partial sums over tokens, of the larger of the two products that have any.
+inline int64_t chunk_sums(const RoutedLoraBwd& f) {
+    const int64_t b = f.dlora_b.data ? f.experts * f.rank * f.d_out : 0;
+    const int64_t rows = f.dlora_a.data || f.drouter.data ? row_width(f) * f.d_in : 0;
+    return ceil_div(f.tokens, f.token_chunk) * (b > rows ? b : rows);
 }
 // Blocks of 128 columns, experts x rank, in pairs.
 inline int weight_blocks(const RoutedLoraBwd& f) {

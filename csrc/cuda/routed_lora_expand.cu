@@ -6,63 +6,23 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
 #include "cuda/routed_lora.h"
+#include "cuda/routed_lora_expand.cuh"
 
 namespace mtlora::cuda {
 namespace {
-
-constexpr int kRows = 64;         // tokens of a tile
-constexpr int kSlots = 4;         // tiles between load and store: two for each warpgroup
-constexpr int kWeightPitch = 36;  // elements of a staged row of pi: 8 rows then touch 32 different banks
-constexpr int kThreads = 320;     // two multiplying warpgroups, a loading and a storing warp
-
-struct ExpandArgs {
-    CUtensorMap b, residual, out;
-    const void *h, *pi, *scale;
-    float scaling;
-    int tokens, groups, outputs, experts;  // outputs of one group
-    int chunks;                            // of 64 k, from experts and rank
-    int tiles_per_group, row_tiles;
-    bool has_residual, into_residual;
-    bool scaling_exact;  // scaling is a value of E
-};
-
-// R = rank, BO = outputs.
-template <int R, int BO>
-struct ExpandTile {
-    static constexpr int kBoxColumns = BO < 64 ? BO : 64;  // of one TMA box: a swizzled row
-    static constexpr int kBoxBytes = kRows * kBoxColumns * 2;
-    static constexpr int kSlotBytes = kRows * BO * 2;
-    static constexpr int kSlabBytes = BO * R * 2;  // one expert's outputs
-    static constexpr int kChunkExperts = 64 / R;
-    // Narrow tiles leave room for two blocks on a multiprocessor, which hide each other's latencies.
-    static constexpr int kBlocks = BO == 32 && R <= 32 || BO == 64 && R <= 16 ? 2 : 1;
-    // One block alone keeps to 168 registers a thread, which leaves room for a block of `project`.
-    static constexpr int kMaxThreads = kBlocks == 2 ? kThreads : 384;
-    static constexpr int shared_bytes(int chunks) {
-        return 1024 + chunks * kChunkExperts * kSlabBytes + kSlots * kSlotBytes + 8 * 16 * kWeightPitch * 2 +
-               256;  // alignment, B, tiles, pi, barriers
-    }
-};
-
-// Offset of columns 8 j + 2 q (+ 1) of a row in a tile of BO columns.
-template <int BO>
-__device__ uint32_t tile_offset(int row, int j, int q) {
-    constexpr int columns = BO < 64 ? BO : 64;
-    return uint32_t(j * 8 / columns * kRows * columns * 2) +
-           swizzled<columns * 2>(uint32_t(row * columns * 2 + j * 8 % columns * 2)) + uint32_t(4 * q);
-}
 
 // What a thread holds of one tile before its products: loaded a tile ahead, as it comes from L2.
 template <class E, int R>
 struct Routing {
     uint32_t h[2][R / 8];  // of rows t and t + 8, by blocks of 8 ranks
-    E pi[2][8];            // of the warp's 16 tokens, experts 0 to 15 and 16 to 31
+    uint32_t pi[2][8];     // of the warp's 16 tokens, experts 0 to 15 and 16 to 31: words of pairs or single experts
 
     __device__ void load(const ExpandArgs& p, int first_token, int group) {
         const int lane = threadIdx.x % 32;
@@ -75,127 +35,59 @@ struct Routing {
                 h[row][i] = t < p.tokens ? *reinterpret_cast<const uint32_t*>(at + 8 * i) : 0;
             }
         }
+        const E* const tile = static_cast<const E*>(p.pi) + (int64_t(first_token) * p.groups + group) * p.experts;
+        const int pitch = p.groups * p.experts, tokens = p.tokens - first_token;
+        if (p.whole_units) {  // a lane takes 8 experts of one token
+            const E* const at = tile + lane / 2 * pitch + lane % 2 * 8;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int expert = lane % 16 + 16 * half;
-            if (half == 1 && p.experts <= 16) break;
+            for (int half = 0; half < 2; ++half) {
+                if (half == 1 && p.experts <= 16) break;
+                uint4 unit = {};
+                if (lane / 2 < tokens && lane % 2 * 8 + 16 * half < p.experts) {
+                    unit = *reinterpret_cast<const uint4*>(at + 16 * half);
+                }
+                memcpy(pi[half], &unit, sizeof(unit));
+            }
+        } else {
+            const E* const at = tile + lane / 16 * pitch + lane % 16;
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int t = first_token + 2 * i + lane / 16;
-                const E* at = static_cast<const E*>(p.pi) + (int64_t(t) * p.groups + group) * p.experts + expert;
-                pi[half][i] = t < p.tokens && expert < p.experts ? *at : rounded<E>(0.0f);
+            for (int half = 0; half < 2; ++half) {
+                if (half == 1 && p.experts <= 16) break;
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const bool exists = 2 * i + lane / 16 < tokens && lane % 16 + 16 * half < p.experts;
+                    pi[half][i] = exists ? *reinterpret_cast<const uint16_t*>(at + 2 * i * pitch + 16 * half) : 0;
+                }
             }
         }
     }
 
-    // pi to the warp's shared memory, zeros past the last expert.
-    __device__ void stage(const ExpandArgs& p, E* weights) const {
+    // pi to the warp's shared memory, zeros past the last expert. Returns the `magnitude` of what this lane holds.
+    __device__ uint32_t stage(const ExpandArgs& p, E* weights) const {
         const int lane = threadIdx.x % 32;
+        uint32_t top = 0;
         __syncwarp();
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (half == 1 && p.experts <= 16) break;
+            const uint32_t (&w)[8] = pi[half];
+            if (p.whole_units) {
+                E* const at = weights + lane / 2 * kWeightPitch + lane % 2 * 8 + 16 * half;
+                *reinterpret_cast<uint4*>(at) = make_uint4(w[0], w[1], w[2], w[3]);
+                top = magnitude(magnitude(magnitude(magnitude(top, w[0]), w[1]), w[2]), w[3]);
+            } else {
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                weights[(2 * i + lane / 16) * kWeightPitch + lane % 16 + 16 * half] = pi[half][i];
+                for (int i = 0; i < 8; ++i) {
+                    E* const at = weights + (2 * i + lane / 16) * kWeightPitch + lane % 16 + 16 * half;
+                    *reinterpret_cast<uint16_t*>(at) = uint16_t(w[i]);
+                    top = magnitude(top, w[i]);
+                }
             }
         }
         __syncwarp();
+        return top;
     }
 };
-
-// z of one expert for a pair of ranks.
-template <class E>
-__device__ uint32_t mixed_h(const ExpandArgs& p, uint32_t h, E w, int expert) {
-    const auto h2 = bits_as<Pair<E>>(h);
-    if (p.scale == nullptr) return bits_as<uint32_t>(__hmul2_rn(twice<E>(w), h2));
-    const float s = expert < p.experts ? to_float(static_cast<const E*>(p.scale)[expert]) : 0.0f;
-    const float ws = to_float(w) * s;
-    const float2 v = to_float2(h2);
-    return bits_as<uint32_t>(rounded2<E>(ws * v.x, ws * v.y));
-}
-
-// acc = z B_flat^T over all k, 64 a step.
-template <class E, int R, int BO>
-__device__ void group_product(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
-                              float (&acc)[BO / 2]) {
-    using Tile = ExpandTile<R, BO>;
-    const int row = threadIdx.x % 32 / 4;
-    // Without a swizzle (R = 8) the two halves of k are two experts.
-    const uint64_t experts = smem_descriptor(b, Tile::kSlabBytes, 16 * R, swizzle_of(2 * R));
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        const int first = chunk * Tile::kChunkExperts;
-        E w[2][Tile::kChunkExperts];
-#pragma unroll
-        for (int i = 0; i < Tile::kChunkExperts; ++i) {
-            w[0][i] = weights[row * kWeightPitch + first + i];
-            w[1][i] = weights[(row + 8) * kWeightPitch + first + i];
-        }
-        uint32_t z[16];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {  // blocks of 8 k
-            const int expert = i * 8 / R, ranks = i % (R / 8);
-            z[2 * i] = mixed_h<E>(p, h[0][ranks], w[0][expert], first + expert);
-            z[2 * i + 1] = mixed_h<E>(p, h[1][ranks], w[1][expert], first + expert);
-        }
-        if (first + Tile::kChunkExperts > p.experts) {  // what pads k is zero, also where h is infinite
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                if (first + i * 8 / R >= p.experts) z[2 * i] = z[2 * i + 1] = 0;
-            }
-        }
-        pin(z);
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            const uint64_t operand = advanced(experts, (first + k * 16 / R) * Tile::kSlabBytes + k * 16 % R * 2);
-            wgmma<E, 0>(acc, z + 4 * k, operand, chunk > 0 || k > 0);
-        }
-        wgmma_commit();
-        wgmma_wait<0>();
-        pin(acc);
-        pin(z);
-    }
-}
-
-// sum += E(E(pi_i E(s_i E(B_i h))) scaling) for the experts in order; `plain` without s and with a scaling that E
-// holds.
-template <class E, int R, int BO, bool plain>
-__device__ void expert_sum(const ExpandArgs& p, const char* b, const E* weights, const uint32_t (&h)[2][R / 8],
-                           Pair<E> (&sum)[BO / 4]) {
-    const int row = threadIdx.x % 32 / 4;
-    const Pair<E> scaling = twice<E>(rounded<E>(p.scaling));
-    const uint64_t experts = smem_descriptor(b, 16, 16 * R, swizzle_of(2 * R));
-    for (int expert = 0; expert < p.experts; ++expert) {
-        const uint64_t slab = advanced(experts, expert * ExpandTile<R, BO>::kSlabBytes);
-        float acc[BO / 2];
-        wgmma_fence();
-#pragma unroll
-        for (int k = 0; k < R / 16; ++k) {
-            const uint32_t a[4] = {h[0][2 * k], h[1][2 * k], h[0][2 * k + 1], h[1][2 * k + 1]};
-            wgmma<E, 0>(acc, a, advanced(slab, 32 * k), k > 0);
-        }
-        wgmma_commit();
-        const Pair<E> w[2] = {twice<E>(weights[row * kWeightPitch + expert]),
-                              twice<E>(weights[(row + 8) * kWeightPitch + expert])};
-        const Pair<E> s = plain || !p.scale ? scaling : twice<E>(static_cast<const E*>(p.scale)[expert]);
-        wgmma_wait<0>();
-        pin(acc);
-#pragma unroll
-        for (int i = 0; i < BO / 4; ++i) {
-            Pair<E> t = rounded2<E>(acc[2 * i], acc[2 * i + 1]);
-            if (!plain && p.scale) t = __hmul2_rn(s, t);
-            t = __hmul2_rn(w[i % 2], t);
-            if (plain || p.scaling_exact) {
-                t = __hmul2_rn(t, scaling);
-            } else {
-                const float2 v = to_float2(t);
-                t = rounded2<E>(v.x * p.scaling, v.y * p.scaling);
-            }
-            sum[i] = __hadd2_rn(sum[i], t);
-        }
-    }
-}
 
 template <class E, int R, int BO, bool eager>
 __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, BO>::kBlocks)
@@ -207,9 +99,10 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     char* const slots = b + b_bytes;
     E* const staged = reinterpret_cast<E*>(slots + kSlots * Tile::kSlotBytes);
     uint64_t* const b_full = reinterpret_cast<uint64_t*>(staged + 8 * 16 * kWeightPitch);
-    uint64_t* const full = b_full + 1;       // the residual is there
-    uint64_t* const ready = full + kSlots;   // the result is there
-    uint64_t* const empty = ready + kSlots;  // the result has been read
+    uint64_t* const full = b_full + 1;                                    // the residual is there
+    uint64_t* const ready = full + kSlots;                                // the result is there
+    uint64_t* const empty = ready + kSlots;                               // the result has been read
+    uint32_t* const b_top = reinterpret_cast<uint32_t*>(empty + kSlots);  // see `fuse_limit`
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
     const int group = int(blockIdx.x) / p.tiles_per_group;
     const int column = int(blockIdx.x) % p.tiles_per_group * BO;
@@ -217,6 +110,7 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     const int count = int(int64_t(p.row_tiles) * (blockIdx.y + 1) / gridDim.y) - begin;
 
     if (threadIdx.x == 0) {
+        *b_top = 0;
         barrier_init(b_full, 1);
         for (int s = 0; s < kSlots; ++s) {
             barrier_init(full + s, 1);
@@ -249,6 +143,7 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     }
     if (warp == 9) {
         if (lane == 0) {
+            prefetch(&p.out);
             grid_dependency_wait();
             for (int n = 0; n < count; ++n) {
                 const int s = n % kSlots;
@@ -266,55 +161,74 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
         return;
     }
 
-    grid_dependency_wait();
     E* const weights = staged + warp * 16 * kWeightPitch;
     barrier_wait(b_full, 0);
-    const int q = lane % 4, row = warp % 4 * 16 + lane / 4;
     const auto first_token = [&](int n) { return (begin + n) * kRows + warp % 4 * 16; };
-    Routing<E, R> next;
-    next.load(p, first_token(warp / 4), group);
-    for (int n = warp / 4; n < count; n += 2) {
+    float h_limit = 0;
+    if (eager && p.power_of_two) h_limit = fuse_limit<E, R>(p, b, b_bytes, b_top);
+    // With few tiles the wait for `project` is long enough to go through the loop once before, on zeros and on a slot
+    // that nobody copies: its instructions are in the cache when they are needed.
+    Routing<E, R> next = {};
+    for (int n = warp / 4 - (count <= 2 ? 2 : 0); n < count; n += 2) {
+        const bool rehearsal = n < 0;
+        if (n == warp / 4) {
+            grid_dependency_wait();
+            next.load(p, first_token(n), group);
+        }
         uint32_t h[2][R / 8];
         memcpy(h, next.h, sizeof(h));
-        next.stage(p, weights);
-        if (n + 2 < count) next.load(p, first_token(n + 2), group);
-        const int s = n % kSlots;
+        const uint32_t pi_top = next.stage(p, weights);
+        if (!rehearsal && n + 2 < count) next.load(p, first_token(n + 2), group);
+        const int s = (n + kSlots) % kSlots;
         char* const slot = slots + s * Tile::kSlotBytes;
+        const auto wait_for_residual = [&] {
+            if (!rehearsal) barrier_wait(full + s, (n / kSlots) & 1);
+        };
         if constexpr (eager) {
-            Pair<E> sum[BO / 4];  // [2 j] of row, [2 j + 1] of row + 8
-            barrier_wait(full + s, (n / kSlots) & 1);
+            Pair<E> sum[BO / 4];
 #pragma unroll
-            for (int i = 0; i < BO / 4; ++i) {
-                const char* at = slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q);
-                sum[i] = p.into_residual ? *reinterpret_cast<const Pair<E>*>(at) : twice<E>(rounded<E>(0.0f));
+            for (int i = 0; i < BO / 4; ++i) sum[i] = twice<E>(rounded<E>(0.0f));
+            if (p.into_residual) {
+                wait_for_residual();
+                read_tile<E, BO>(slot, [&](int i, Pair<E> v) { sum[i] = v; });
             }
-            if (p.scale == nullptr && p.scaling_exact)
-                expert_sum<E, R, BO, true>(p, b, weights, h, sum);
+            bool fuse = p.power_of_two;
+            if (fuse) {
+                uint32_t h_top = 0;
+                for (int i = 0; i < R / 8; ++i) h_top = magnitude(magnitude(h_top, h[0][i]), h[1][i]);
+                fuse = larger_half<E>(h_top) <= h_limit && larger_half<E>(pi_top) <= 1;
+                fuse = warp < 4 ? named_barrier_all<1, 128>(fuse) : named_barrier_all<2, 128>(fuse);
+            }
+            if (fuse)
+                expert_sum<E, R, BO, Sum::fused>(p, b, weights, h, sum);
+            else if (!p.scale && p.scaling_exact)
+                expert_sum<E, R, BO, Sum::rounded>(p, b, weights, h, sum);
             else
-                expert_sum<E, R, BO, false>(p, b, weights, h, sum);
-#pragma unroll
-            for (int i = 0; i < BO / 4; ++i) {
-                auto* at = reinterpret_cast<Pair<E>*>(slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q));
-                *at = p.has_residual && !p.into_residual ? __hadd2_rn(*at, sum[i]) : sum[i];
+                expert_sum<E, R, BO, Sum::scaled>(p, b, weights, h, sum);
+            if (!p.into_residual) {
+                wait_for_residual();
+                if (p.has_residual) {
+                    read_tile<E, BO>(slot, [&](int i, Pair<E> v) { sum[i] = __hadd2_rn(v, sum[i]); });
+                }
             }
+            write_tile<BO>(slot, [&](int i) { return sum[i]; });
         } else {
             float acc[BO / 2];
             group_product<E, R, BO>(p, b, weights, h, acc);
-            barrier_wait(full + s, (n / kSlots) & 1);
 #pragma unroll
-            for (int i = 0; i < BO / 4; ++i) {
-                auto* at = reinterpret_cast<Pair<E>*>(slot + tile_offset<BO>(row + i % 2 * 8, i / 2, q));
-                float low = acc[2 * i] * p.scaling, high = acc[2 * i + 1] * p.scaling;
-                if (p.has_residual) {
-                    const float2 v = to_float2(*at);
-                    low = v.x + low;
-                    high = v.y + high;
-                }
-                *at = rounded2<E>(low, high);
+            for (int i = 0; i < BO / 2; ++i) acc[i] *= p.scaling;
+            wait_for_residual();
+            if (p.has_residual) {
+                read_tile<E, BO>(slot, [&](int i, Pair<E> pair) {
+                    const float2 v = to_float2(pair);
+                    acc[2 * i] = v.x + acc[2 * i];
+                    acc[2 * i + 1] = v.y + acc[2 * i + 1];
+                });
             }
+            write_tile<BO>(slot, [&](int i) { return rounded2<E>(acc[2 * i], acc[2 * i + 1]); });
         }
         fence_async_proxy();
-        barrier_arrive(ready + s);
+        if (!rehearsal) barrier_arrive(ready + s);
     }
 }
 
@@ -362,6 +276,9 @@ void launch_expand(const RoutedLoraFwd& f, int chunks) {
     p.has_residual = f.residual.data != nullptr;
     p.into_residual = f.accumulate_into_residual;
     p.scaling_exact = f.scaling_exact;
+    int exponent;
+    p.power_of_two = !p.scale && p.scaling_exact && p.scaling >= 1 && std::frexp(p.scaling, &exponent) == 0.5f;
+    p.whole_units = f.experts % 8 == 0;
     const int64_t column_tiles = f.groups * p.tiles_per_group;
     const int resident = Tile::kBlocks * Tile::shared_bytes(chunks) <= kMaxSharedBytes ? Tile::kBlocks : 1;
     const dim3 grid(unsigned(column_tiles),

@@ -1,14 +1,13 @@
 // grad_b and grad_rows: products whose K is all tokens, d(B_flat[g]) = scaling * dout_g^T z_g and
 // [d(A); d(R)] = [d(h) | d(logits)]^T x.
 //
-// Both are computed transposed: rows of the product are the narrow operand's columns, which reach wgmma through
-// registers (z is never stored), its columns are outputs or input features, which stay as TMA left them. A block owns
-// 128 features, up to 256 columns and one chunk of tokens; the chunks of one tile are a cluster, whose blocks add the
-// partial sums in order through each other's shared memory.
+// Both are computed transposed: rows of the product are the narrow operand's columns, its columns are outputs or input
+// features, which stay as TMA left them. z reaches wgmma through registers and is never stored. A block owns 128
+// features, some 300 columns and one chunk of tokens. The sums of the chunks go through L2 to `add_chunks`: as a
+// cluster they could add through shared memory, but 32 clusters of 4 do not fit the GPU at once, and ran as two waves.
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <stdexcept>
 
 #include "cuda/cluster.cuh"
 #include "cuda/elements.cuh"
@@ -20,20 +19,21 @@
 namespace mtlora::cuda {
 namespace {
 
-constexpr int kTokens = 64;    // a step
-constexpr int kColumns = 256;  // four row tiles of the transposed product, two a warpgroup
+constexpr int kTokens = 64;  // a step
 constexpr int kBoxBytes = kTokens * 128;
-constexpr int kThreads = 384;  // two multiplying warpgroups and one that loads, with 384 x 168 registers
-constexpr int kProducerRegisters = 40, kConsumerRegisters = 232;
-constexpr int kMaxStages = 8;
+constexpr int kMaxStages = 12;
 constexpr int kWeightRow = kTokens * 2;  // bytes of an expert in a tile of pi
+constexpr int kAddThreads = 128;
 
-// BF = features of a block.
-template <int BF>
-struct FeatureTile {
-    static constexpr int kBytes = (BF + 63) / 64 * kBoxBytes;
-    static constexpr int kSumPitch = BF + 8;  // floats of a column: 4 rows of a store touch different banks
-    static constexpr int kSumBytes = kColumns * kSumPitch * 4;
+// Row tiles of the transposed product, 64 columns each. grad_b (`mixed`): one a warpgroup, which builds its next piece
+// of z while the others multiply. grad_rows: up to two a warpgroup, both operands from shared memory.
+template <bool mixed>
+struct Plan {
+    static constexpr int kWarpgroups = mixed ? 4 : 3;
+    static constexpr int kColumns = mixed ? 256 : 384;        // of a block, at most
+    static constexpr int kThreads = kWarpgroups * 128 + 128;  // and a warpgroup that loads
+    static constexpr int kProducerRegisters = 32;             // of 96 and 128 at the start
+    static constexpr int kConsumerRegisters = mixed ? 112 : 160;
 };
 
 struct TokenArgs {
@@ -41,41 +41,52 @@ struct TokenArgs {
     CUtensorMap columns;   // h: (rank, T), or [d(h) | d(logits)]: (columns, T)
     const char* pi_tiles;
     const void* scale;
+    float* sums;  // [chunks, width, groups * group_size]
+    int tokens, chunk, stages, stage_bytes;
+    int feature_tiles, group_size, groups, experts, tile_experts, rank;
+    int width;          // columns of the product
+    int block_columns;  // of a block
+};
+
+struct AddArgs {
+    const float* sums;
     void *out, *out_router;  // d(lora_b), or d(lora_a) and d(router); each may be absent
     DType out_dtype, router_dtype;
     float factor;
-    int tokens, chunk, stages, stage_bytes, ring_bytes;
-    int feature_tiles, group_size, groups, experts, tile_experts, rank;
-    int width;         // columns of the product
+    int chunks, width, features, rank;
     int first_router;  // the column where those of d(router) start
 };
 
 // What a block works on.
 struct TokenTile {
     int group, feature, column;  // the first feature within the group, the first column
-    int token, steps;
+    int chunk, token, steps;
     int columns;  // live ones
 };
 
 template <int BF>
 __device__ TokenTile token_tile(const TokenArgs& p) {
     TokenTile t;
-    t.group = int(blockIdx.y) / p.feature_tiles;
-    t.feature = int(blockIdx.y) % p.feature_tiles * BF;
-    t.column = int(blockIdx.z) * kColumns;
-    t.token = int(blockIdx.x) * p.chunk;
+    t.group = int(blockIdx.x) / p.feature_tiles;
+    t.feature = int(blockIdx.x) % p.feature_tiles * BF;
+    t.column = int(blockIdx.y) * p.block_columns;
+    t.chunk = int(blockIdx.z);
+    t.token = t.chunk * p.chunk;
     t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
-    t.columns = min(kColumns, p.width - t.column);
+    t.columns = min(p.block_columns, p.width - t.column);
     return t;
 }
+
+// BF = features of a block; bytes of their tile.
+template <int BF>
+constexpr int kFeatureBytes = (BF + 63) / 64 * kBoxBytes;
 
 // Tiles by TMA, one thread.
 template <bool mixed, int BF>
 __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     const int boxes = mixed ? 1 : (t.columns + 63) / 64;
-    constexpr int kFeatureBytes = FeatureTile<BF>::kBytes;
-    const int h_bytes = kTokens * p.rank * 2, weight_bytes = kColumns / p.rank * kWeightRow;
-    const int bytes = kFeatureBytes + (mixed ? h_bytes + weight_bytes : boxes * kBoxBytes);
+    const int h_bytes = kTokens * p.rank * 2, weight_bytes = Plan<mixed>::kColumns / p.rank * kWeightRow;
+    const int bytes = kFeatureBytes<BF> + (mixed ? h_bytes + weight_bytes : boxes * kBoxBytes);
     const char* weights = nullptr;
     if constexpr (mixed) {
         const int64_t tile = int64_t(t.group) * ((p.tokens + kTokens - 1) / kTokens) + t.token / kTokens;
@@ -89,14 +100,15 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
         barrier_wait(empty + ring.stage, ring.parity ^ 1);
         barrier_expect(barrier, uint32_t(bytes));
 #pragma unroll
-        for (int at = 0; at < kFeatureBytes; at += kBoxBytes) {
-            tma_load(stage + at, &p.features, barrier, t.feature + at / kBoxBytes * 64, t.group, token);
+        for (int at = 0; at < kFeatureBytes<BF>; at += kBoxBytes) {
+            tma_load_once(stage + at, &p.features, barrier, t.feature + at / kBoxBytes * 64, t.group, token);
         }
         for (int box = 0; box < boxes; ++box) {
-            tma_load(stage + kFeatureBytes + box * kBoxBytes, &p.columns, barrier, t.column * !mixed + box * 64, token);
+            tma_load(stage + kFeatureBytes<BF> + box * kBoxBytes, &p.columns, barrier, mixed ? 0 : t.column + box * 64,
+                     token);
         }
         if constexpr (mixed) {
-            bulk_load(stage + kFeatureBytes + h_bytes, weights, uint32_t(weight_bytes), barrier);
+            bulk_load(stage + kFeatureBytes<BF> + h_bytes, weights, uint32_t(weight_bytes), barrier);
             weights += p.tile_experts * kWeightRow;
         }
         ring.advance(p.stages);
@@ -105,105 +117,184 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
 
 // A pair of tokens of z: one rounding of pi h, or of (pi s) h with pi s in fp32.
 template <class E>
-__device__ uint32_t mixed_h(uint32_t h, uint32_t pi, bool scaled, float scale) {
-    if (!scaled) return bits_as<uint32_t>(__hmul2_rn(bits_as<Pair<E>>(pi), bits_as<Pair<E>>(h)));
+__device__ uint32_t mixed_h(uint32_t h, uint32_t pi) {
+    return bits_as<uint32_t>(__hmul2_rn(bits_as<Pair<E>>(pi), bits_as<Pair<E>>(h)));
+}
+template <class E>
+__device__ uint32_t mixed_h(uint32_t h, uint32_t pi, float scale) {
     const float2 w = to_float2(bits_as<Pair<E>>(pi)), v = to_float2(bits_as<Pair<E>>(h));
     return bits_as<uint32_t>(rounded2<E>((w.x * scale) * v.x, (w.y * scale) * v.y));
 }
 
-// The product of `tiles` row tiles of 64 columns each (number warpgroup, warpgroup + 2 of the block), then its sums to
-// shared memory as [column][feature].
-template <class E, bool mixed, int BF, int tiles>
-__device__ void multiply(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
-                         int multiplying) {
-    const int warpgroup = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, q = lane % 4;
-    // Rows of the narrow operand's tile: h, or one box of [d(h) | d(logits)].
-    const int pitch = mixed ? p.rank * 2 : 128, mask = pitch / 16 - 1;
-    const int low = mixed ? warp * 16 % p.rank : warp * 16, high = mixed ? (warp * 16 + 8) % p.rank : warp * 16 + 8;
-    uint32_t offset = uint32_t((lane / 16 * 8 + lane % 8) * pitch + (lane & 8 ? high : low) * 2);
-    offset ^= ((offset >> 7) & mask) << 4;
+// How a warp reads its 16 columns of z, whose tokens become wgmma's k.
+template <class E, bool two_experts, bool scaled>
+struct MixedH {
+    int pitch;              // bytes of a token of h
+    uint32_t rows, weight;  // this lane's place in the tiles of h and pi
+    float scale[2];
 
-    int expert[tiles];  // within the block's columns; rank 8: the lower rows belong to the next one
-    float scale[tiles][2];
-    const bool scaled = mixed && p.scale;
-#pragma unroll
-    for (int m = 0; m < tiles; ++m) {
-        expert[m] = (64 * (warpgroup + 2 * m) + 16 * warp) / p.rank;
-#pragma unroll
+    // two_experts: rank 8, where the lower eight columns belong to the next one.
+    __device__ MixedH(const TokenArgs& p, const TokenTile& t, int warpgroup) {
+        const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32, matrix = lane / 8;
+        const int expert = (64 * warpgroup + 16 * warp) / p.rank;
+        const int low = warp * 16 % p.rank, high = (low + 8) % p.rank;
+        pitch = p.rank * 2;
+        rows = uint32_t((lane / 16 * 8 + lane % 8) * pitch + (lane & 8 ? high : low) * 2);
+        rows ^= ((rows >> 7) & (pitch / 16 - 1)) << 4;
+        // Every row of a matrix of pi is the same run of eight tokens.
+        weight = kTokens * pitch + uint32_t(two_experts ? (expert + matrix % 2) * kWeightRow + matrix / 2 * 16
+                                                        : expert * kWeightRow + matrix * 16);
         for (int i = 0; i < 2; ++i) {
-            const int n = t.column / p.rank + expert[m] + (p.rank == 8 ? i : 0);
-            scale[m][i] = scaled && n < p.experts ? to_float(static_cast<const E*>(p.scale)[n]) : 0.0f;
+            const int n = t.column / p.rank + expert + (two_experts ? i : 0);
+            scale[i] = scaled && n < p.experts ? to_float(static_cast<const E*>(p.scale)[n]) : 0.0f;
         }
     }
 
-    float c[tiles][BF / 2];
-    Ring ring;
-    for (int step = 0; step < t.steps; ++step) {
-        const char* const stage = shared + ring.stage * p.stage_bytes;
-        const uint32_t rows = smem_address(stage) + FeatureTile<BF>::kBytes + offset;
-        uint32_t a[tiles][16];
-        barrier_wait(full + ring.stage, ring.parity);
+    // All 64 tokens of the tiles at `at`: every load before the first product, so that they wait once.
+    __device__ void build(uint32_t at, uint32_t (&a)[kTokens / 4]) const {
+        constexpr int kSteps = kTokens / 16, kWeightLoads = two_experts ? kSteps : kSteps / 2;
+        uint32_t h[kSteps][4], w[kWeightLoads][4];
 #pragma unroll
-        for (int k = 0; k < kTokens / 16; ++k) {
-            if constexpr (mixed) {
-                const char* const weights = stage + FeatureTile<BF>::kBytes + kTokens * p.rank * 2 + 32 * k + 4 * q;
-                uint32_t h[4];
-                load_matrices<true>(h, rows + k * 16 * pitch);
-#pragma unroll
-                for (int m = 0; m < tiles; ++m) {
-                    const char* const at = weights + expert[m] * kWeightRow;
-                    const uint32_t w0 = *reinterpret_cast<const uint32_t*>(at);
-                    const uint32_t w1 = *reinterpret_cast<const uint32_t*>(at + 16);
-                    uint32_t w2 = w0, w3 = w1;
-                    if (p.rank == 8) {
-                        w2 = *reinterpret_cast<const uint32_t*>(at + kWeightRow);
-                        w3 = *reinterpret_cast<const uint32_t*>(at + kWeightRow + 16);
-                    }
-                    a[m][4 * k] = mixed_h<E>(h[0], w0, scaled, scale[m][0]);
-                    a[m][4 * k + 1] = mixed_h<E>(h[1], w2, scaled, scale[m][1]);
-                    a[m][4 * k + 2] = mixed_h<E>(h[2], w1, scaled, scale[m][0]);
-                    a[m][4 * k + 3] = mixed_h<E>(h[3], w3, scaled, scale[m][1]);
-                }
-            } else {
-#pragma unroll
-                for (int m = 0; m < tiles; ++m) {
-                    uint32_t v[4];
-                    load_matrices<true>(v, rows + (warpgroup + 2 * m) * kBoxBytes + k * 16 * pitch);
-#pragma unroll
-                    for (int i = 0; i < 4; ++i) a[m][4 * k + i] = v[i];
-                }
-            }
+        for (int i = 0; i < kWeightLoads; ++i) {
+            load_matrices<false>(w[i], at + weight + i * (two_experts ? 32 : 64));
         }
 #pragma unroll
-        for (int m = 0; m < tiles; ++m) pin(a[m]);
-        const uint64_t b = smem_descriptor(stage, kBoxBytes, 1024, Swizzle::b128);
+        for (int k = 0; k < kSteps; ++k) load_matrices<true>(h[k], at + rows + k * 16 * pitch);
+#pragma unroll
+        for (int k = 0; k < kSteps; ++k) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t pi = two_experts ? w[k][i] : w[k / 2][k % 2 * 2 + i / 2];
+                a[4 * k + i] = scaled ? mixed_h<E>(h[k][i], pi, scale[i % 2]) : mixed_h<E>(h[k][i], pi);
+            }
+        }
+    }
+};
+
+// The sums of 64 columns to memory.
+template <int BF>
+__device__ void store_sums(const TokenArgs& p, const TokenTile& t, int tile, const float (&c)[BF / 2]) {
+    const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    const int column = t.column + 64 * tile + 16 * warp + lane / 4, feature = t.feature + lane % 4 * 2;
+    const int64_t pitch = int64_t(p.groups) * p.group_size;
+    float* const to = p.sums + (int64_t(t.chunk) * p.width + column) * pitch + t.group * p.group_size + feature;
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {
+        if (column + 8 * row >= p.width) continue;
+#pragma unroll
+        for (int j = 0; j < BF / 8; ++j) {
+            if (feature + 8 * j < p.group_size) {
+                *reinterpret_cast<float2*>(to + 8 * row * pitch + 8 * j) = {c[4 * j + 2 * row], c[4 * j + 2 * row + 1]};
+            }
+        }
+    }
+}
+
+// d(B) of 64 columns.
+template <class E, int BF, bool two_experts, bool scaled>
+__device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
+                               int warpgroup) {
+    const MixedH<E, two_experts, scaled> z(p, t, warpgroup);
+    const uint32_t narrow = smem_address(shared) + kFeatureBytes<BF>;
+    const uint64_t features = smem_descriptor(shared, kBoxBytes, 1024, Swizzle::b128);
+    float c[BF / 2];
+    uint32_t a[kTokens / 4];
+    Ring ring;
+    for (int step = 0; step < t.steps; ++step) {
+        barrier_wait(full + ring.stage, ring.parity);
+        z.build(narrow + ring.stage * p.stage_bytes, a);
+        pin(a);
+        const uint64_t b = advanced(features, ring.stage * p.stage_bytes);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < kTokens / 16; ++k) {  // 16 tokens: 16 rows of 128 bytes
-#pragma unroll
-            for (int m = 0; m < tiles; ++m) wgmma<E, 1>(c[m], a[m] + 4 * k, b + 128 * k, step > 0 || k > 0);
+            wgmma<E, 1>(c, a + 4 * k, advanced(b, k * 2048), step > 0 || k > 0);
         }
         wgmma_commit();
-        wgmma_wait<0>();  // the other warpgroup keeps the tensor cores busy while this one builds its operand
-#pragma unroll
-        for (int m = 0; m < tiles; ++m) {
-            pin(c[m]);
-            pin(a[m]);
-        }
-        if (lane == 0) barrier_arrive(empty + ring.stage);
+        wgmma_wait<0>();  // the other warpgroups keep the tensor cores busy while this one builds its operand
+        pin(c);
+        pin(a);
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
         ring.advance(p.stages);
     }
+    store_sums<BF>(p, t, warpgroup, c);
+}
 
-    named_barrier(1, 128 * multiplying);  // the stages are free
-    constexpr int kSumPitch = FeatureTile<BF>::kSumPitch;
-    float* const sums = reinterpret_cast<float*>(shared);
+// d(A) and d(R) of `tiles` times 64 columns.
+template <class E, int BF, int tiles>
+__device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
+                              int warpgroup) {
+    constexpr int kWarpgroups = Plan<false>::kWarpgroups;
+    const uint64_t features = smem_descriptor(shared, kBoxBytes, 1024, Swizzle::b128);
+    const uint64_t rows = advanced(features, kFeatureBytes<BF> + warpgroup * kBoxBytes);
+    float c[tiles][BF / 2];
+    Ring ring;
+    for (int step = 0; step < t.steps; ++step) {
+        barrier_wait(full + ring.stage, ring.parity);
+        const uint32_t stage = ring.stage * p.stage_bytes;
+        wgmma_fence();
 #pragma unroll
-    for (int m = 0; m < tiles; ++m) {
-        float* const at = sums + (64 * (warpgroup + 2 * m) + 16 * warp + lane / 4) * kSumPitch + 2 * q;
+        for (int k = 0; k < kTokens / 16; ++k) {
 #pragma unroll
-        for (int j = 0; j < BF / 8; ++j) {
-            *reinterpret_cast<float2*>(at + 8 * j) = {c[m][4 * j], c[m][4 * j + 1]};
-            *reinterpret_cast<float2*>(at + 8 * kSumPitch + 8 * j) = {c[m][4 * j + 2], c[m][4 * j + 3]};
+            for (int m = 0; m < tiles; ++m) {
+                wgmma<E, 1, 1>(c[m], advanced(rows, stage + m * kWarpgroups * kBoxBytes + k * 2048),
+                               advanced(features, stage + k * 2048), step > 0 || k > 0);
+            }
+        }
+        wgmma_commit();
+        wgmma_wait<0>();
+#pragma unroll
+        for (int m = 0; m < tiles; ++m) pin(c[m]);
+        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
+        ring.advance(p.stages);
+    }
+#pragma unroll
+    for (int m = 0; m < tiles; ++m) store_sums<BF>(p, t, warpgroup + m * kWarpgroups, c[m]);
+}
+
+template <class E, bool mixed, int BF>
+__global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const __grid_constant__ TokenArgs p) {
+    constexpr int kWarpgroups = Plan<mixed>::kWarpgroups;
+    extern __shared__ char raw[];
+    char* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
+    uint64_t* const full = reinterpret_cast<uint64_t*>(shared + p.stages * p.stage_bytes);
+    uint64_t* const empty = full + kMaxStages;
+    const TokenTile t = token_tile<BF>(p);
+    const int tiles = (t.columns + 63) / 64;
+    if (threadIdx.x == 0) {
+        const int warps = 4 * min(tiles, kWarpgroups);
+        for (int s = 0; s < p.stages; ++s) {
+            barrier_init(full + s, 1);
+            barrier_init(empty + s, uint32_t(warps));
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    grid_dependency_wait();
+    launch_dependents();
+
+    const int warpgroup = uniform(threadIdx.x / 128);
+    if (warpgroup == kWarpgroups) {
+        shrink_registers<Plan<mixed>::kProducerRegisters>();
+        if (threadIdx.x % 128 == 0) load_tiles<mixed, BF>(p, t, shared, full, empty);
+    } else {
+        grow_registers<Plan<mixed>::kConsumerRegisters>();
+        if constexpr (mixed) {
+            if (warpgroup < tiles) {
+                if (p.rank > 8 && !p.scale)
+                    multiply_mixed<E, BF, false, false>(p, t, shared, full, empty, warpgroup);
+                else if (p.rank > 8)
+                    multiply_mixed<E, BF, false, true>(p, t, shared, full, empty, warpgroup);
+                else if (!p.scale)
+                    multiply_mixed<E, BF, true, false>(p, t, shared, full, empty, warpgroup);
+                else
+                    multiply_mixed<E, BF, true, true>(p, t, shared, full, empty, warpgroup);
+            }
+        } else {
+            if (warpgroup + kWarpgroups < tiles)
+                multiply_rows<E, BF, 2>(p, t, shared, full, empty, warpgroup);
+            else if (warpgroup < tiles)
+                multiply_rows<E, BF, 1>(p, t, shared, full, empty, warpgroup);
         }
     }
 }
@@ -239,100 +330,55 @@ __device__ inline void store8(void* to, DType dtype, int64_t at, const float (&v
     *reinterpret_cast<uint4*>(static_cast<uint16_t*>(to) + at) = {packed[0], packed[1], packed[2], packed[3]};
 }
 
-// Every block of the cluster adds its share of the tile, eight columns of one feature a thread.
-template <bool mixed, int BF>
-__device__ void add_chunks(const TokenArgs& p, const TokenTile& t, const char* shared) {
-    constexpr int kSumPitch = FeatureTile<BF>::kSumPitch;
-    const float* const sums = reinterpret_cast<const float*>(shared);
-    const uint32_t chunks = cluster_size(), rank = cluster_rank();
-    const int octets = (t.columns + 7) / 8;
-    const int mine = (octets - int(rank) + int(chunks) - 1) / int(chunks);
-    for (int i = threadIdx.x; i < mine * BF; i += 256) {
-        const int feature = i % BF, octet = i / BF * int(chunks) + int(rank);
-        float v[8];
-        for (uint32_t chunk = 0; chunk < chunks; ++chunk) {
-            const uint32_t at = cluster_address(sums + octet * 8 * kSumPitch + feature, chunk);
-            float part[8];
+// The chunks of eight columns of one feature, in order.
+template <bool mixed>
+__global__ void __launch_bounds__(kAddThreads) add_chunks_kernel(const AddArgs p) {
+    grid_dependency_wait();
+    launch_dependents();
+    const int feature = int(blockIdx.x) * kAddThreads + threadIdx.x, column = int(blockIdx.y) * 8;
+    if (feature >= p.features) return;
+    const int64_t features = p.features;
+    const float* from = p.sums + column * features + feature;
+    float v[8];
+#pragma unroll 4
+    for (int chunk = 0; chunk < p.chunks; ++chunk, from += p.width * features) {
+        float part[8];
 #pragma unroll
-            for (int n = 0; n < 8; ++n) part[n] = cluster_load(at + n * kSumPitch * 4);
+        for (int n = 0; n < 8; ++n) part[n] = column + n < p.width ? from[n * features] : 0.0f;
 #pragma unroll
-            for (int n = 0; n < 8; ++n) v[n] = chunk ? v[n] + part[n] : part[n];
-        }
-        if (t.feature + feature >= p.group_size) continue;
-        const int64_t f = int64_t(t.group) * p.group_size + t.feature + feature;
-        const int64_t features = int64_t(p.groups) * p.group_size;
-        const int column = t.column + octet * 8;
-        if constexpr (mixed) {
+        for (int n = 0; n < 8; ++n) v[n] = chunk ? v[n] + part[n] : part[n];
+    }
+    if constexpr (mixed) {
 #pragma unroll
-            for (int n = 0; n < 8; ++n) v[n] = v[n] * p.factor;
-            store8(p.out, p.out_dtype, (column / p.rank * features + f) * p.rank + column % p.rank, v);
-        } else {
+        for (int n = 0; n < 8; ++n) v[n] = v[n] * p.factor;
+        store8(p.out, p.out_dtype, (column / p.rank * features + feature) * p.rank + column % p.rank, v);
+    } else {
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const int c = column + n;
-                if (p.out && c < p.rank) store(p.out, p.out_dtype, c * features + f, v[n]);
-                if (p.out_router && c >= p.first_router && c < p.width) {
-                    store(p.out_router, p.router_dtype, (c - p.first_router) * features + f, v[n]);
-                }
+        for (int n = 0; n < 8; ++n) {
+            const int c = column + n;
+            if (p.out && c < p.rank) store(p.out, p.out_dtype, c * features + feature, v[n]);
+            if (p.out_router && c >= p.first_router && c < p.width) {
+                store(p.out_router, p.router_dtype, (c - p.first_router) * features + feature, v[n]);
             }
         }
     }
 }
 
 template <class E, bool mixed, int BF>
-__global__ void __launch_bounds__(kThreads, 1) token_kernel(const __grid_constant__ TokenArgs p) {
-    extern __shared__ char raw[];
-    char* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
-    uint64_t* const full = reinterpret_cast<uint64_t*>(shared + p.ring_bytes);
-    uint64_t* const empty = full + kMaxStages;
-    const TokenTile t = token_tile<BF>(p);
-    const int multiplying = t.columns > 64 ? 2 : 1;
-    if (threadIdx.x == 0) {
-        for (int s = 0; s < p.stages; ++s) {
-            barrier_init(full + s, 1);
-            barrier_init(empty + s, 4 * uint32_t(multiplying));
-        }
-        barrier_init_fence();
-    }
-    __syncthreads();
-    grid_dependency_wait();
-    launch_dependents();
-
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // uniform, as setmaxnreg asks
-    if (warpgroup == 2) {
-        shrink_registers<kProducerRegisters>();
-        if (threadIdx.x == 256) load_tiles<mixed, BF>(p, t, shared, full, empty);
-        cluster_sync();
-        cluster_sync();
-    } else {
-        grow_registers<kConsumerRegisters>();
-        const int tiles = (t.columns - 64 * warpgroup + 127) / 128;
-        if (tiles == 2)
-            multiply<E, mixed, BF, 2>(p, t, shared, full, empty, multiplying);
-        else if (tiles == 1)
-            multiply<E, mixed, BF, 1>(p, t, shared, full, empty, multiplying);
-        cluster_sync();  // the sums of all chunks are in shared memory
-        add_chunks<mixed, BF>(p, t, shared);
-        cluster_sync();  // and have been read
-    }
-}
-
-template <class E, bool mixed, int BF>
 void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int narrow_bytes) {
-    p.stage_bytes = int(ceil_div(FeatureTile<BF>::kBytes + narrow_bytes, 1024) * 1024);
+    p.stage_bytes = int(ceil_div(kFeatureBytes<BF> + narrow_bytes, 1024) * 1024);
     constexpr int barrier_bytes = 2 * kMaxStages * 8;
     p.stages = std::min(kMaxStages, (kMaxSharedBytes - 1024 - barrier_bytes) / p.stage_bytes);
-    p.ring_bytes = std::max(p.stages * p.stage_bytes, FeatureTile<BF>::kSumBytes);
     p.tokens = int(f.tokens);
     p.chunk = int(f.token_chunk);
     p.experts = int(f.experts);
     p.rank = int(f.rank);
     p.tile_experts = tile_experts(f);
     p.feature_tiles = int(ceil_div(p.group_size, BF));
-    const int chunks = int(ceil_div(f.tokens, f.token_chunk));
-    const dim3 grid(unsigned(chunks), unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, kColumns)));
-    launch<token_kernel<E, mixed, BF>>(name, grid, kThreads, 1024 + p.ring_bytes + barrier_bytes, f.stream, true, p,
-                                       chunks);
+    const dim3 grid(unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, p.block_columns)),
+                    unsigned(ceil_div(f.tokens, f.token_chunk)));
+    const int shared = 1024 + p.stages * p.stage_bytes + barrier_bytes;
+    launch<token_kernel<E, mixed, BF>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
 }
 
 template <class E, bool mixed>
@@ -340,7 +386,7 @@ void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int
     auto padded = [&](int features) { return ceil_div(p.group_size, features) * features; };
     auto few = [&](int features) {
         return ceil_div(f.tokens, f.token_chunk) * p.groups * ceil_div(p.group_size, features) *
-                   ceil_div(p.width, kColumns) <
+                   ceil_div(p.width, p.block_columns) <
                multiprocessors() * 3 / 4;
     };
     // Narrower where the group's tail would waste products, and where blocks would be too few.
@@ -352,6 +398,17 @@ void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int
         launch_tokens<E, mixed, 128>(name, p, f, narrow_bytes);
 }
 
+template <bool mixed>
+void launch_add_chunks(const char* name, const TokenArgs& p, AddArgs& a, const RoutedLoraBwd& f) {
+    a.sums = p.sums;
+    a.chunks = int(ceil_div(f.tokens, f.token_chunk));
+    a.width = p.width;
+    a.features = p.groups * p.group_size;
+    a.rank = int(f.rank);
+    const dim3 grid(unsigned(ceil_div(a.features, kAddThreads)), unsigned(ceil_div(a.width, 8)));
+    launch<add_chunks_kernel<mixed>>(name, grid, kAddThreads, 0, f.stream, true, a);
+}
+
 template <class E>
 void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
     const int64_t size = f.d_out / f.groups;
@@ -361,14 +418,18 @@ void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
     p.columns = tensor_map(f.h.data, f.compute_dtype, {{f.rank, 1, int(f.rank)}, {f.tokens, f.rank, kTokens}});
     p.pi_tiles = static_cast<const char*>(w.pi_tiles);
     p.scale = f.expert_scale.data;
-    p.out = f.dlora_b.data;
-    p.out_dtype = f.dlora_b.dtype;
-    p.factor = f.scaling;
+    p.sums = w.chunk_sums;
     p.group_size = int(size);
     p.groups = int(f.groups);
     p.width = int(f.experts * f.rank);
+    p.block_columns = Plan<true>::kColumns;
     choose_features<E, true>("routed_lora grad_b", p, f,
-                             kTokens * int(f.rank) * 2 + kColumns / int(f.rank) * kWeightRow);
+                             kTokens * int(f.rank) * 2 + Plan<true>::kColumns / int(f.rank) * kWeightRow);
+    AddArgs a = {};
+    a.out = f.dlora_b.data;
+    a.out_dtype = f.dlora_b.dtype;
+    a.factor = f.scaling;
+    launch_add_chunks<true>("routed_lora grad_b, chunks", p, a, f);
 }
 
 template <class E>
@@ -376,16 +437,21 @@ void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     TokenArgs p = {};
     p.features =
         tensor_map(f.x.data, f.compute_dtype, {{f.d_in, 1, 64}, {1, f.d_in, 1}, {f.tokens, f.x.stride[0], kTokens}});
-    p.first_router = padded_rank(f);
-    p.width = f.router.data ? p.first_router + int(f.groups * f.experts) : int(f.rank);
+    p.width = row_width(f);
     p.columns = tensor_map(w.rows, f.compute_dtype, {{p.width, 1, 64}, {f.tokens, row_pitch(f), kTokens}});
-    p.out = f.dlora_a.data;
-    p.out_dtype = f.dlora_a.dtype;
-    p.out_router = f.drouter.data;
-    p.router_dtype = f.drouter.dtype;
+    p.sums = w.chunk_sums;
     p.group_size = int(f.d_in);
     p.groups = 1;
-    choose_features<E, false>("routed_lora grad_rows", p, f, std::min(4, int(ceil_div(p.width, 64))) * kBoxBytes);
+    const int64_t tiles = ceil_div(p.width, 64);
+    p.block_columns = int(ceil_div(tiles, ceil_div(tiles, Plan<false>::kColumns / 64))) * 64;  // the same for each
+    choose_features<E, false>("routed_lora grad_rows", p, f, p.block_columns / 64 * kBoxBytes);
+    AddArgs a = {};
+    a.out = f.dlora_a.data;
+    a.out_dtype = f.dlora_a.dtype;
+    a.out_router = f.drouter.data;
+    a.router_dtype = f.drouter.dtype;
+    a.first_router = padded_rank(f);
+    launch_add_chunks<false>("routed_lora grad_rows, chunks", p, a, f);
 }
 
 }  // namespace

@@ -169,7 +169,7 @@ void batched_rsvd(const Rsvd& p) {
     u.data = p.u;
     u.stride[0] = z.out_layer;
     u.stride[1] = z.out_row;
-    gram_partial(u, p.batch, p.rows, p.rank, w.gram, p.stream);
+    gram_partial(u, p.batch, p.rows, p.rank, w.gram, p.stream, true);
     launch<cholesky_kernel>("rsvd_cholesky", dim3{unsigned(p.batch)}, kCholeskyThreads,
                             (2 * k * (k | 1) + k) * int(sizeof(double)), p.stream, false,
                             CholeskyArgs{w.gram, w.inverse, k});

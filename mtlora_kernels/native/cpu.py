@@ -29,10 +29,10 @@ def routed_lora_fwd(
     accumulate_into_residual: bool,
     return_load: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns out [T, d_out], load [N] (or [0] if not asked for), and for backward h [T, r] and pi [T, G, N]."""
+    """Returns out [T, d_out], load [N] (or None if not asked for), and for backward h [T, r] and pi [T, G, N]."""
     tokens, (experts, d_out, rank) = x.shape[0], lora_b.shape
     out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, compute_dtype))
-    load = x.new_empty(experts if return_load else 0, dtype=torch.float32)
+    load = x.new_empty(experts, dtype=torch.float32) if return_load else None
     h = x.new_empty(tokens, rank, dtype=compute_dtype)
     pi = x.new_empty(tokens, num_groups, experts, dtype=compute_dtype)
     if route_weights is not None:
@@ -47,7 +47,7 @@ def routed_lora_fwd(
     set_fields(
         params, threads=torch.get_num_threads(), eager=eager,
         accumulate_into_residual=eager and accumulate_into_residual, residual=residual, out=out,
-        load=load if return_load else None,
+        load=load,
     )  # fmt: skip
     _C.routed_lora_fwd_cpu(params)
     return out, load, h, pi

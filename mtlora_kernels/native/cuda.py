@@ -1,21 +1,26 @@
 """`routed_lora` on the Hopper kernels of `_C`; same arguments and results as the reference with Cuda arithmetic."""
 
-from functools import lru_cache
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from ..reference.routed_lora import is_representable, output_dtype
+from ..memo import Memo
+from ..reference.routed_lora import is_representable
 from .params import set_common, set_fields
 
 
-def copyable(t: Tensor | None) -> Tensor | None:
-    """t itself, or a copy where the copy engine cannot address its rows: contiguous, 16-byte pitch and start."""
-    if t is None:
-        return None
+def _rows_fit(t: Tensor) -> bool:
+    """Whether the copy engine can address the rows of t, wherever it starts: contiguous, 16-byte pitch."""
     pitch = t.stride(0)
-    if t.stride(1) == 1 and pitch >= t.shape[1] and pitch * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0:
+    return t.stride(1) == 1 and pitch >= t.shape[1] and pitch * t.element_size() % 16 == 0
+
+
+def copyable(t: Tensor | None) -> Tensor | None:
+    """t itself, or a copy where the copy engine cannot address its rows or t does not start at 16 bytes."""
+    if t is None or (_rows_fit(t) and t.data_ptr() % 16 == 0):
         return t
     return t.clone(memory_format=torch.contiguous_format)
 
@@ -26,9 +31,6 @@ def packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         return None
     w = w.to(dtype).contiguous()
     return w if w.data_ptr() % 16 == 0 else w.clone()
-
-
-representable = lru_cache(maxsize=64)(is_representable)  # a scaling that follows a schedule has a new value every step
 
 
 def routed_lora_fwd(
@@ -51,29 +53,53 @@ def routed_lora_fwd(
     return_load: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
-    E, tokens, (experts, d_out, rank) = compute_dtype, x.shape[0], lora_b.shape
-    x, residual = copyable(x), copyable(residual)
-    a, b, r, scale = (packed(w, E) for w in (lora_a, lora_b, router, expert_scale))
-    out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, E))
-    h = x.new_empty(tokens, rank)
+    tokens, (experts, d_out, rank) = x.shape[0], lora_b.shape
+    out, h = x.new_empty(tokens, d_out), x.new_empty(tokens, rank)  # every dtype is x's, see limits.py
     if route_weights is not None:
-        pi = route_weights.to(E, copy=True, memory_format=torch.contiguous_format)
+        pi = route_weights.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     else:
         pi = (x.new_ones if router is None else x.new_empty)(tokens, num_groups, experts)
-    load = x.new_empty(experts if return_load else 0, dtype=torch.float32)
+    load = x.new_empty(experts, dtype=torch.float32) if return_load else None
     if tokens == 0:
-        return out, load.fill_(float("nan")), h, pi
-
-    params = _C.RoutedLoraFwd()
-    set_common(params, x, a, b, r, scale, seed, h, pi, scaling, activation, dropout_p)
-    eager = numerics == "eager"
-    set_fields(
-        params, stream=torch.cuda.current_stream(x.device).cuda_stream, eager=eager,
-        accumulate_into_residual=eager and accumulate_into_residual, scaling_exact=eager and representable(scaling, E),
-        residual=residual, out=out,
+        return out, load.fill_(float("nan")) if return_load else None, h, pi
+    partial = load.new_empty(_C.sum_rows_workspace(tokens * num_groups, experts)) if return_load else None
+    _launch(
+        (x, residual, lora_a, lora_b, router, expert_scale), (out, h, pi, load, partial),
+        (scaling, activation, numerics == "eager", accumulate_into_residual),
     )  # fmt: skip
-    if return_load:
-        workspace = load.new_empty(_C.sum_rows_workspace(tokens * num_groups, experts))
-        set_fields(params, load=load, workspace=workspace.data_ptr())
-    _C.routed_lora_fwd_cuda(params)
     return out, load, h, pi
+
+
+# By sizes, strides and options: all parameters but stream and addresses, or False where inputs must be copied first.
+_plans: Memo[_C.RoutedLoraFwd | bool] = Memo()
+
+
+def _launch(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], options: tuple) -> None:
+    addresses = [0 if t is None else t.data_ptr() for t in (*inputs, *outputs)]
+    layouts = [t if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
+    key = (*options, *layouts, outputs[2].shape, outputs[3] is None)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan(inputs, outputs, *options))
+    if plan is False or reduce(or_, addresses) % 16:
+        E = outputs[0].dtype
+        _launch((*map(copyable, inputs[:2]), *(packed(w, E) for w in inputs[2:])), outputs, options)
+    else:
+        _C.routed_lora_fwd_cuda(plan, torch._C._cuda_getCurrentRawStream(inputs[0].get_device()), addresses)
+
+
+def _plan(
+    inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], scaling: float, activation: str | None,
+    eager: bool, accumulate_into_residual: bool,
+) -> _C.RoutedLoraFwd | bool:  # fmt: skip
+    (x, residual, *weights), (out, h, pi, load, _) = inputs, outputs
+    rows_fit = all(t is None or _rows_fit(t) for t in (x, residual))
+    if not rows_fit or not all(w is None or (w.dtype == out.dtype and w.is_contiguous()) for w in weights):
+        return False
+    params = _C.RoutedLoraFwd()
+    set_common(params, x, *weights, None, h, pi, scaling, activation, 0.0)
+    set_fields(
+        params, eager=eager, accumulate_into_residual=eager and accumulate_into_residual,
+        scaling_exact=eager and is_representable(scaling, out.dtype), residual=residual, out=out, load=load,
+    )  # fmt: skip
+    return params

@@ -16,7 +16,7 @@ def _rows_contiguous(matrices: Tensor) -> Tensor:
 
 
 def _stream(t: Tensor) -> int:
-    return torch.cuda.current_stream(t.device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(t.get_device())  # a tenth of the time of torch.cuda.current_stream
 
 
 def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +59,7 @@ def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, 
 
 def _has_products(x: Tensor) -> bool:
     """Whether the kernels do the products with x [L, d, N*r]; `Cuda.dot` does the others."""
-    return x.dtype != torch.float32 and x.shape[2] % 8 == 0
+    return x.dtype == torch.float32 or x.shape[2] % 8 == 0
 
 
 def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from ..kept import keep
 from .mixture import RoutedMixture
 from .routed_lora import RoutedLoRA
 
@@ -63,7 +65,7 @@ def add_block_adapter(block: nn.Module, adapter: nn.Module, name: str = "block")
     """
     _check_block(name, block)
     block.block_adapter = adapter.train(block.training)
-    block.block_adapter_hook = block.register_forward_hook(_add_output, with_kwargs=True)
+    block.block_adapter_hooks = keep_input(block), block.register_forward_hook(_add_output, with_kwargs=True)
 
 
 def remove_block_adapter(block: nn.Module) -> nn.Module:
@@ -75,9 +77,16 @@ def remove_block_adapter(block: nn.Module) -> nn.Module:
     if "block_adapter" not in block._modules:
         raise ValueError(f"block is a {type(block).__name__} without block_adapter, it must have one")
     adapter = block.block_adapter
-    block.block_adapter_hook.remove()
-    del block.block_adapter, block.block_adapter_hook
+    for hook in block.block_adapter_hooks:
+        hook.remove()
+    del block.block_adapter, block.block_adapter_hooks
     return adapter
+
+
+def keep_input(block: nn.Module) -> RemovableHandle:
+    """Let block save its input for adapters on it, which then save nothing after it: a checkpoint that is not
+    reentrant reruns neither them nor the block's last layer. `add_block_adapter` does it."""
+    return block.register_forward_pre_hook(_keep_input, with_kwargs=True)
 
 
 def set_balance_scale(model: nn.Module, scale: float) -> None:
@@ -115,6 +124,12 @@ def _check_block(name: str, block: nn.Module) -> None:
     if isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         # A Sequential would run the adapter as its last layer; the other two have no forward.
         raise ValueError(f"{name} is a {type(block).__name__}, it must be a module with its own forward")
+
+
+def _keep_input(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    if args:
+        return (keep(args[0]), *args[1:]), kwargs
+    return (args, kwargs | {"hidden_states": keep(kwargs["hidden_states"])}) if "hidden_states" in kwargs else None
 
 
 def _add_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

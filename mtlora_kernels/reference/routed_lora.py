@@ -92,7 +92,7 @@ def routed_lora_fwd(
     accumulate_into_residual: bool,
     return_load: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns out [T, d_out], load [N] (or [0] if not asked for), and for backward h [T, r] and pi [T, G, N]."""
+    """Returns out [T, d_out], load [N] (or None if not asked for), and for backward h [T, r] and pi [T, G, N]."""
     E, acc = compute_dtype, acc_dtype(compute_dtype)
     arithmetic = arithmetic_for(x.device, E)
     x, a, b = x.to(E), lora_a.to(E), lora_b.to(E)
@@ -109,7 +109,7 @@ def routed_lora_fwd(
         logits = arithmetic.dot(x, router.to(E).T).to(E).to(acc).view(tokens, num_groups, experts)
         e = arithmetic.exp(logits - logits.amax(-1, keepdim=True))
         pi = (e / tree_sum(e)[..., None]).to(E)
-    load = x.new_empty(0, dtype=acc)
+    load = None
     if return_load:
         load = sum_rows(pi.to(acc).reshape(-1, experts)) * inverse_count(tokens, num_groups)
 

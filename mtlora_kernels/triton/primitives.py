@@ -178,7 +178,7 @@ def _sum_parts_plan(parts: int, sizes: tuple[int, ...], factors: tuple[float, ..
 
 def token_parts(like: Tensor, tokens: int) -> Tensor:
     """fp32 [chunks of tokens, *like.shape]: the partial sums of a product whose K is all tokens."""
-    return like.new_empty((ceil_div(tokens, token_chunk(tokens)), *like.shape), dtype=torch.float32)
+    return like.new_empty(ceil_div(tokens, token_chunk(tokens)), *like.shape, dtype=torch.float32)
 
 
 def sum_parts(*products: tuple[Tensor | None, Tensor | None, float]) -> list[Tensor | None]:
@@ -187,7 +187,7 @@ def sum_parts(*products: tuple[Tensor | None, Tensor | None, float]) -> list[Ten
     if not wanted:
         return [None] * len(products)
     count = wanted[0][0].shape[0]
-    outs = [(like.new_empty if count else like.new_zeros)(like.shape) for _, like, _ in wanted]
+    outs = [(like.new_empty if count else like.new_zeros)(*like.shape) for _, like, _ in wanted]
     launch = _sum_parts_plan(count, tuple([out.numel() for out in outs]), tuple([factor for *_, factor in wanted]))
     pointers = [t for (parts, *_), out in zip(wanted, outs, strict=True) for t in (parts, out)]
     if count:

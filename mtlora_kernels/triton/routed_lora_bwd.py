@@ -301,8 +301,8 @@ def _contract_plan(
 def _contract(dout, b, h, pi, expert_scale) -> tuple[Tensor, Tensor]:
     """dw fp32 [T, G, N] and the parts of dh, fp32 [blocks, T, r]."""
     (tokens, groups, experts), (_, d_out, rank) = pi.shape, b.shape
-    dw = h.new_empty(pi.shape, dtype=torch.float32)
-    dh = h.new_empty((ceil_div(experts, expert_block(experts, rank)), tokens, rank), dtype=torch.float32)
+    dw = h.new_empty(*pi.shape, dtype=torch.float32)
+    dh = h.new_empty(ceil_div(experts, expert_block(experts, rank)), tokens, rank, dtype=torch.float32)
     contract = _contract_plan(
         tokens, d_out, dout.stride(), rank, experts, groups, h.dtype is torch.float32, dout.dtype == h.dtype,
         expert_scale is not None,
@@ -357,7 +357,7 @@ def _grad_x_plan(
 
 def _grad_x(x, dh, a, dlogits, router, seed, dropout_p) -> Tensor:
     (tokens, rank), (_, d_in) = dh.shape, a.shape
-    dx = x.new_empty((tokens, d_in))
+    dx = x.new_empty(tokens, d_in)
     rows = 0 if router is None else router.shape[0]
     grad_x = _grad_x_plan(tokens, d_in, rank, rows, dh.dtype is torch.float32, router is not None, dropout_p)
     grad_x(dh, a, dlogits, router, dx, seed)

@@ -100,8 +100,9 @@ def _project_kernel(
         logits = tl.where(m_row[None, :], acc_l.to(E).to(tl.float32), float("-inf"))
         logits = tl.reshape(logits, [BT, GB, NP])
         e = exp(logits - tl.max(logits, 2)[:, :, None])
-        e = tl.where(tl.reshape(m_row, [1, GB, NP]), e, 0.0)
-        pi = tl.math.div_rn(e, tl.broadcast_to(tree_sum(e)[:, :, None], [BT, GB, NP]))
+        m_n = tl.reshape(m_row, [1, GB, NP])
+        total = tl.broadcast_to(tree_sum(tl.where(m_n, e, 0.0))[:, :, None], [BT, GB, NP])
+        pi = tl.math.div_rn(tl.where(m_n, e, 1.0), total)  # a zero numerator takes the division's slow path
         pi_at = pi_ptr + o_t.to(tl.int64)[:, None] * (G * N) + (i_g * N + o_c % NP)[None, :]
         tl.store(pi_at, tl.reshape(pi, [BT, GB * NP]).to(E), m_t & m_row[None, :])
 
@@ -297,13 +298,13 @@ def routed_lora_fwd(
     E, (tokens, d_in), (experts, d_out, rank) = compute_dtype, x.shape, lora_b.shape
     a, b, router = operand(lora_a, E), operand(lora_b, E), operand(router, E)
     expert_scale = operand(expert_scale, E)
-    h = x.new_empty((tokens, rank), dtype=E)
-    out = x.new_empty((tokens, d_out), dtype=output_dtype(residual, E))
+    h = x.new_empty(tokens, rank, dtype=E)
+    out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, E))
     if route_weights is not None:
         pi = route_weights.to(E, copy=True, memory_format=torch.contiguous_format)
     else:
-        pi = (x.new_ones if router is None else x.new_empty)((tokens, num_groups, experts), dtype=E)
-    load = x.new_empty(0, dtype=torch.float32)
+        pi = (x.new_ones if router is None else x.new_empty)(tokens, num_groups, experts, dtype=E)
+    load = None
     if tokens:
         project = _project_plan(
             tokens, d_in, x.stride(), rank, experts, num_groups, E is torch.float32,

@@ -10,6 +10,7 @@ import mtlora_kernels as mk
 from . import hydralora, published
 from .layer import SwappedLayer, swapped_class
 
+INPUT_HOOK = "swapped_input_hook"
 KINDS = (published.ComponentLinear, published.BlockAdapter, published.MMOELinear, hydralora.HydraLinear)
 
 
@@ -65,6 +66,8 @@ def swap_in(model: nn.Module, numerics: str = "fp32", impl: str | None = None, s
         vars(module).pop("forward", None)
         module.__class__ = swapped_class(host, kind, numerics, impl, strict)
         report.shared_bytes += module.share_experts()
+        if name and kind is published.BlockAdapter:
+            _keep_input_of(model.get_submodule(name.rpartition(".")[0]))
         report.swapped[name] = _description(module)
     return report
 
@@ -77,6 +80,15 @@ def swap_out(model: nn.Module) -> None:
                 vars(module).pop(name, None)
             module.separate_experts()
             module.__class__ = module.host
+        handle = vars(module).pop(INPUT_HOOK, None)
+        if handle is not None:
+            handle.remove()
+
+
+def _keep_input_of(block: nn.Module) -> None:
+    """The block that has the adapter as a child and calls it after itself."""
+    if INPUT_HOOK not in vars(block):
+        setattr(block, INPUT_HOOK, mk.nn.keep_input(block))
 
 
 def _is_kind(host: type[nn.Module], kind: type[SwappedLayer], module: nn.Module) -> bool:

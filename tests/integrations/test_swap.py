@@ -12,6 +12,7 @@ import torch
 from host_layers import KINDS, D, at_random, close, experts, fill, make, on_lattice, output, results
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import mtlora_kernels as mk
 from mtlora_integrations import swap_in, swap_out
@@ -120,6 +121,35 @@ def test_nothing_but_the_class_changes(kind):
 
 def address(layer: nn.Module) -> list[int]:
     return [p.untyped_storage().data_ptr() for p in experts(layer)]
+
+
+class Block(nn.Module):
+    """As the official code patches a block: the adapter, its child, adds to the output."""
+
+    def __init__(self, adapter: nn.Module) -> None:
+        super().__init__()
+        self.down, self.block_adapter = nn.Linear(256, 256), adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(x) + self.block_adapter(x)
+
+
+@pytest.mark.parametrize("kind", ["lowrank", "bottleneck"])
+def test_a_checkpointed_block_runs_its_adapter_once(kind):
+    layer, x = at_random(kind, sizes=(256, 256, 8, 8))
+    block, runs = Block(layer).train(), []
+    x.requires_grad_()
+    layer.register_forward_pre_hook(lambda *_: runs.append(1))
+    attributes, hooks = set(vars(block)), len(block._forward_pre_hooks)
+    swap_in(block)
+    swap_in(block, numerics="fp32")
+    trained = [x, *layer.parameters()]
+    expected = torch.autograd.grad(block(x).square().sum(), trained)
+    runs.clear()
+    got = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), trained)
+    assert len(runs) == 1 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    swap_out(block)
+    assert set(vars(block)) == attributes and len(block._forward_pre_hooks) == hooks
 
 
 @pytest.mark.parametrize("kind", SEPARATE)

@@ -52,11 +52,18 @@ def make_case(
     )  # fmt: skip
 
 
+def compare(actual, expected):
+    for name, a, e in zip(NAMES, actual, expected, strict=True):
+        if e is None:
+            assert a is None
+        else:
+            assert_bitwise_equal(a, e, name)
+
+
 def check(case):
     expected = routed_lora_fwd(**case)
     for _ in range(2):
-        for name, a, e in zip(NAMES, cuda.routed_lora_fwd(**case), expected, strict=True):
-            assert_bitwise_equal(a, e, name)
+        compare(cuda.routed_lora_fwd(**case), expected)
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)
@@ -86,6 +93,28 @@ def test_options(options, numerics):
     check(make_case(SMALL, numerics=numerics, **options))
 
 
+@pytest.mark.parametrize("scaling", [0.5, 1.0, 4.0, -2.0])
+@pytest.mark.parametrize("E", [BF16, F16], ids=str)
+def test_powers_of_two(E, scaling):
+    check(make_case(SMALL, E, numerics="eager", scaling=scaling))
+    case = make_case(SMALL, E, numerics="eager", scaling=scaling, residual=False)
+    case["lora_b"].mul_(2.0**-133 if E == BF16 else 2.0**-22)  # sums of a few units of the smallest subnormals
+    check(case)
+
+
+@pytest.mark.parametrize("weight", [1.0, 4.0])
+@pytest.mark.parametrize("E", [BF16, F16], ids=str)
+def test_scaling_that_overflows_before_the_sum_does(E, weight):
+    case = make_case((16, 64, 64, 16, 2, 1), E, numerics="eager", given=True, residual=False)
+    largest = torch.finfo(E).max
+    case["route_weights"].fill_(weight)
+    case["x"].fill_(1)
+    case["lora_a"].zero_()[0, 0] = 1
+    case["lora_b"].copy_((torch.tensor([-0.4, 0.6]) * (largest / weight))[:, None, None].expand(2, 64, 16))
+    assert routed_lora_fwd(**case)[0].isposinf().all()  # 2 * 0.6 overflows, 2 * 0.6 - 2 * 0.4 would not
+    check(case)
+
+
 @pytest.mark.parametrize("options", [{}, {"scale": True}, {"scaling": 1.7}], ids=str)
 def test_sum_that_starts_at_the_residual(options):
     check(make_case(SMALL, numerics="eager", into=True, **options))
@@ -96,6 +125,17 @@ def test_sum_that_starts_at_the_residual(options):
 def test_layouts(name, layout):
     case = make_case(SMALL)
     check(case | {name: with_layout(case[name], layout)})
+
+
+def test_layouts_that_follow_each_other():
+    """What is remembered of a kind of call is not taken for another's, nor for one that starts elsewhere."""
+    case = make_case(SMALL)
+    for layout in ("offset", "sliced", "transposed"):
+        for name in ("x", "residual", "lora_b"):
+            check(case)
+            check(case | {name: with_layout(case[name], layout)})
+    for change in ({"scaling": 3.0}, {"activation": "relu"}, {"return_load": True}, {"numerics": "eager"}):
+        check(case | change)
 
 
 @pytest.mark.parametrize("numerics", NUMERICS)
@@ -113,6 +153,7 @@ def test_infinite_h_beside_padded_experts(experts):
     case["x"].fill_(300)
     case["lora_a"].fill_(0.01)[0] = 300
     case["lora_b"].abs_()
+    case["router"].zero_()  # equal weights: one that is 0 would make every output NaN
     assert routed_lora_fwd(**case)[0].isinf().all()
     check(case)
 
@@ -123,8 +164,7 @@ def test_first_call_of_a_thread():
     thread = threading.Thread(target=lambda: results.extend(cuda.routed_lora_fwd(**case)))
     thread.start()
     thread.join()
-    for name, a, e in zip(NAMES, results, expected, strict=True):
-        assert_bitwise_equal(a, e, name)
+    compare(results, expected)
 
 
 def test_captured_in_a_graph():
@@ -136,8 +176,7 @@ def test_captured_in_a_graph():
     for result in captured:
         result.zero_()
     graph.replay()
-    for name, a, e in zip(NAMES, captured, expected, strict=True):
-        assert_bitwise_equal(a, e, name)
+    compare(captured, expected)
 
 
 def test_no_tokens():

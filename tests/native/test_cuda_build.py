@@ -42,7 +42,7 @@ def test_routed_lora_kernels_do_not_spill():
     assert not spilling
 
 
-@pytest.mark.parametrize("kernel", ["project_kernel", "expand_kernel", "contract_kernel"])
+@pytest.mark.parametrize("kernel", ["project_kernel", "expand_kernel", "contract_kernel", "token_kernel"])
 def test_products_are_wgmma(kernel):
     name = next(name for name in resources() if kernel in name and "bfloat16" in name)
     assert "HGMMA" in dump("--dump-sass", "--function", name)

@@ -1,0 +1,64 @@
+"""A block's input, saved before the block runs instead of by the adapter after it.
+
+A checkpoint that is not reentrant reruns its region up to the last tensor that backward asks for. An adapter that adds
+to a block's output saves after the block, and makes it rerun the block's last layer, whose own saved tensors need no
+rerun of that layer, and itself: 34 of 47 ms that 32 adapters added to a checkpointed step of LLaMA-2-7B on an H100.
+"""
+
+import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)
+SMALLER = 8  # than x: h and pi are held past the checkpoint, which is there to save memory, only where they are small
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.detach()  # the same memory, but no view to autograd: the block may still change it in place
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def keep(x: object) -> object:
+    """x for the block and for calls of `routed_lora` on it, which need not save it again."""
+    if not isinstance(x, Tensor) or not (torch.is_grad_enabled() and x.requires_grad):
+        return x
+    # Not the same x either: the gradients of the block and its adapters add up in the same order, with the same bits.
+    apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.view_as(x) if apart or type(x) not in PLAIN else _Keep.apply(x)
+
+
+def keeper_of(x: Tensor) -> object | None:
+    """The autograd node that saved x, if `keep` made x."""
+    node = x.grad_fn
+    return node if type(node) is _Keep._backward_cls else None
+
+
+class Kept:
+    """What `autograd.needed` names: x from its keeper, the rest held here; no tensor is saved after the block."""
+
+    def __init__(self, keeper: object, tensors: tuple[Tensor | None, ...]) -> None:
+        self.keeper, (_, *self.rest) = keeper, tensors
+        self.versions = [t if t is None else t._version for t in self.rest]
+
+    @staticmethod
+    def serves(keeper: object | None, tensors: tuple[Tensor | None, ...]) -> bool:
+        """Parameters and views of them take no memory; what was computed from them is for autograd to hold."""
+        if keeper is None:
+            return False
+        x, a, b, router, h, pi, scale, _ = tensors
+        weights = [w for w in (a, b, router, scale) if w is not None]
+        small = (h.numel() + pi.numel()) * SMALLER <= x.numel()
+        return small and all(w.is_leaf or (w._is_view() and w._base.is_leaf) for w in weights)
+
+    def __call__(self) -> tuple[Tensor | None, ...]:
+        (x,) = self.keeper.saved_tensors
+        if self.versions != [t if t is None else t._version for t in self.rest]:
+            raise RuntimeError(
+                "a tensor that backward needs (lora_a, lora_b, router or expert_scale) was changed in place"
+            )
+        return x.reshape(-1, x.shape[-1]), *self.rest
