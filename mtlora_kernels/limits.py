@@ -22,6 +22,7 @@ class Call(NamedTuple):
     dropout: bool
 
 
+HOPPER_ROUTER_ROWS = 1216  # 19 tiles of 64: what fits shared memory beside the rest in d(x)'s kernel
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -44,6 +45,8 @@ def hopper_limits(call: Call) -> str | None:
         return f"the rank is {call.rank}, not one of {ranks}"
     if call.experts > 32:
         return f"there are {call.experts} experts, more than 32"
+    if call.groups * call.experts > HOPPER_ROUTER_ROWS:
+        return f"the router has {call.groups * call.experts} rows, more than {HOPPER_ROUTER_ROWS}"
     if call.d_in % 8 != 0:
         return f"d_in is {call.d_in}, not a multiple of 8"
     if size % 8 != 0 or size < GROUP_FORM_MIN_SIZE:

@@ -20,11 +20,4 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
     return (a + b - 1) / b;
 }
 
-// Router rows of one group in a tile: a power of two, 8 at least (the narrowest wgmma).
-inline int padded_experts(int experts) {
-    int padded = 8;
-    while (padded < experts) padded *= 2;
-    return padded;
-}
-
 }  // namespace mtlora::cuda

@@ -1,8 +1,6 @@
 // The backward: which kernels run, their workspaces, and `route`, the small one between the products.
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"

@@ -21,7 +21,7 @@ constexpr int kColumns = 128;             // of a warpgroup: one block of the su
 constexpr int kWarpgroups = 2;
 constexpr int kThreads = 128 * kWarpgroups + 32;
 constexpr int kDoutBytes = kTokens * kDepth * 2;
-constexpr int kMaxStages = 9;
+constexpr int kMaxStages = 9;  // five for two warpgroups; nine and no clusters: 18 to 14 us at T = 512
 
 struct ContractArgs {
     CUtensorMap dout;

@@ -166,10 +166,10 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     const auto first_token = [&](int n) { return (begin + n) * kRows + warp % 4 * 16; };
     float h_limit = 0;
     if (eager && p.power_of_two) h_limit = fuse_limit<E, R>(p, b, b_bytes, b_top);
-    // With few tiles the wait for `project` is long enough to go through the loop once before, on zeros and on a slot
+    // Up to 64 tokens the wait for `project` is long enough to go through the loop once before, on zeros and on a slot
     // that nobody copies: its instructions are in the cache when they are needed.
     Routing<E, R> next = {};
-    for (int n = warp / 4 - (count <= 2 ? 2 : 0); n < count; n += 2) {
+    for (int n = warp / 4 - (p.row_tiles == 1 ? 2 : 0); n < count; n += 2) {
         const bool rehearsal = n < 0;
         if (n == warp / 4) {
             grid_dependency_wait();

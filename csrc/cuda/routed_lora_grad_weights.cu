@@ -3,7 +3,7 @@
 //
 // Both are computed transposed: rows of the product are the narrow operand's columns, its columns are outputs or input
 // features, which stay as TMA left them. z reaches wgmma through registers and is never stored. A block owns 128
-// features, some 300 columns and one chunk of tokens. The sums of the chunks go through L2 to `add_chunks`: as a
+// features, up to 384 columns and one chunk of tokens. The sums of the chunks go through L2 to `add_chunks`: as a
 // cluster they could add through shared memory, but 32 clusters of 4 do not fit the GPU at once, and ran as two waves.
 #include <cuda_runtime.h>
 
@@ -150,7 +150,7 @@ struct MixedH {
         }
     }
 
-    // All 64 tokens of the tiles at `at`: every load before the first product, so that they wait once.
+    // All 64 tokens of the tiles at `at`: every load before the first product, so that they wait together.
     __device__ void build(uint32_t at, uint32_t (&a)[kTokens / 4]) const {
         constexpr int kSteps = kTokens / 16, kWeightLoads = two_experts ? kSteps : kSteps / 2;
         uint32_t h[kSteps][4], w[kWeightLoads][4];
