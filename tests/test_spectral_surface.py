@@ -34,6 +34,25 @@ def test_cpu_kernels(check):
     assert check.run("cpu", inputs) == []
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_defaults_of_new_tensors_decide_nothing(spectral_impl, kind, dtype):
+    def results() -> list[torch.Tensor]:
+        loss = mk.spectral_penalty(b, kind=kind, impl=spectral_impl)
+        return [loss, *torch.autograd.grad(loss, b), *mk.batched_rsvd(b.detach()[0], rank=2, impl=spectral_impl)]
+
+    b = adapters(2, 3, 32, 4).requires_grad_()
+    expected, before = results(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            actual = results()
+    finally:
+        torch.set_default_dtype(before)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert_bitwise_equal(got, wanted)
+
+
 def adapters(*shape: int, **settings) -> torch.Tensor:
     return make_adapters(*shape, **{"dtype": torch.float32, "device": "cpu"} | settings).lora_b
 

@@ -195,6 +195,21 @@ def test_no_tokens(cpu_impl, leading):
     assert_bitwise_equal(lora_a.grad, torch.zeros_like(lora_a))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_defaults_of_new_tensors_decide_nothing(cpu_impl, dtype):
+    inputs = random_inputs(*SHAPE, expert_scale=True, load=True)
+    expected = run_case(cpu_impl, inputs)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            actual = run_case(cpu_impl, inputs)
+    finally:
+        torch.set_default_dtype(before)
+    for name, t in actual.items():
+        assert_bitwise_equal(t, expected[name])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(cpu_impl, dtype):
     inputs = random_inputs(*SHAPE, expert_scale=True)

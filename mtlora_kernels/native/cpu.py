@@ -81,8 +81,8 @@ def routed_lora_bwd(
         # d(w) becomes d(pi), then d(logits), in one place unless d(pi) is wanted besides d(logits).
         dlogits = None
         if dpi is not None or ds is not None or (router is not None and (dx is not None or dr is not None)):
-            dlogits = dpi if dpi is not None and router is None else torch.empty(pi.shape)
-        dh = None if dx is None and da is None else torch.empty(tokens, h.shape[1])
+            dlogits = dpi if dpi is not None and router is None else torch.empty_like(pi, dtype=torch.float32)
+        dh = None if dx is None and da is None else torch.empty_like(h, dtype=torch.float32)
         params = _C.RoutedLoraBwd()
         set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p)
         set_fields(

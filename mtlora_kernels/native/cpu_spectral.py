@@ -7,6 +7,11 @@ from .. import _C
 from .params import set_fields
 
 
+def _fp32(*shape: int) -> Tensor:
+    """Memory for the kernels to write, whatever torch.set_default_dtype and torch.set_default_device say."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
 def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, **fields):
     """params for a contiguous lora_b [L, N, d, r]; the tensors must outlive the call."""
     layers, experts, d, rank = lora_b.shape
@@ -20,7 +25,7 @@ def _of_layers(params: _C.Spectral, lora_b: Tensor, weights: Tensor, kind: str, 
 def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [batch, m, rank], S [batch, rank], V [batch, n, rank] in fp32; NaN for a matrix with a NaN or Inf in it."""
     batch, rows, cols = a.shape
-    u, s, v = torch.empty(batch, rows, rank), torch.empty(batch, rank), torch.empty(batch, cols, rank)
+    u, s, v = _fp32(batch, rows, rank), _fp32(batch, rank), _fp32(batch, cols, rank)
     params = _C.Rsvd()
     set_fields(
         params, batch=batch, rows=rows, cols=cols, rank=rank, sketch=sketch, power_iterations=power_iterations,
@@ -33,7 +38,7 @@ def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed:
 def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
     """fp32 M [L, N, r, r] for "pairwise", w [L, N, r] in order of descending s for "gram"; NaN if B is not finite."""
     lora_b, (layers, experts, _, rank) = lora_b.contiguous(), lora_b.shape
-    weights = torch.empty(layers, experts, *(rank,) * (1 + (kind == "pairwise")))
+    weights = _fp32(layers, experts, *(rank,) * (1 + (kind == "pairwise")))
     _C.spectral_weights_cpu(_of_layers(_C.SpectralWeights(), lora_b, weights, kind))
     return weights
 
@@ -42,9 +47,9 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
     """loss and what backward reads, as the reference's."""
     layers, experts, d, rank = lora_b.shape
     lora_b, weights, width = lora_b.contiguous(), weights.contiguous(), experts * rank
-    pairwise, loss = kind == "pairwise", torch.empty(())
+    pairwise, loss = kind == "pairwise", _fp32()
     x = lora_b.new_empty((layers, d, width) if pairwise else 0)
-    c = torch.empty((layers, width, width) if pairwise else (layers, experts, rank, rank))
+    c = _fp32(layers, *((width, width) if pairwise else (experts, rank, rank)))
     fields = {"loss": loss.data_ptr(), "x": x.data_ptr(), "c": c.data_ptr()}
     _C.spectral_penalty_fwd_cpu(_of_layers(_C.SpectralPenaltyFwd(), lora_b, weights, kind, **fields))
     return loss, x, c

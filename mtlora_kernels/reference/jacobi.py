@@ -43,7 +43,7 @@ def round_robin(n: int) -> Tensor:
     """Rounds of disjoint pairs that meet every pair of the indices 0 ... n-1 once, n even: int64 [n-1, 2, n/2] with
     first < second. Round k pairs k with the last index and k + i with k - i, modulo the number of rounds."""
     pairs = [[(k, n - 1)] + [((k + i) % (n - 1), (k - i) % (n - 1)) for i in range(1, n // 2)] for k in range(n - 1)]
-    return torch.tensor(pairs).sort(-1).values.mT
+    return torch.tensor(pairs, device="cpu").sort(-1).values.mT
 
 
 def jacobi(g: Tensor) -> tuple[Tensor, Tensor]:
