@@ -16,6 +16,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
+        ctx.lent = False  # to one call at the most: a checkpoint gives a saved tensor once per backward
         return x.detach()  # the same memory, but no view to autograd: the block may still change it in place
 
     @staticmethod
@@ -24,7 +25,7 @@ class _Keep(torch.autograd.Function):
 
 
 def keep(x: object) -> object:
-    """x for the block and for calls of `routed_lora` on it, which need not save it again."""
+    """x for the block and for a call of `routed_lora` on it, which need not save it again."""
     if not isinstance(x, Tensor) or not (torch.is_grad_enabled() and x.requires_grad):
         return x
     # Not the same x either: the gradients of the block and its adapters add up in the same order, with the same bits.
@@ -42,13 +43,14 @@ class Kept:
     """What `autograd.needed` names: x from its keeper, the rest held here; no tensor is saved after the block."""
 
     def __init__(self, keeper: object, tensors: tuple[Tensor | None, ...]) -> None:
+        keeper.lent = True
         self.keeper, (_, *self.rest) = keeper, tensors
         self.versions = [t if t is None else t._version for t in self.rest]
 
     @staticmethod
     def serves(keeper: object | None, tensors: tuple[Tensor | None, ...]) -> bool:
         """Parameters and views of them take no memory; what was computed from them is for autograd to hold."""
-        if keeper is None:
+        if keeper is None or keeper.lent:
             return False
         x, a, b, router, h, pi, scale, _ = tensors
         weights = [w for w in (a, b, router, scale) if w is not None]
@@ -56,9 +58,13 @@ class Kept:
         return small and all(w.is_leaf or (w._is_view() and w._base.is_leaf) for w in weights)
 
     def __call__(self) -> tuple[Tensor | None, ...]:
-        (x,) = self.keeper.saved_tensors
-        if self.versions != [t if t is None else t._version for t in self.rest]:
+        if self.rest is None:
+            raise RuntimeError("backward of routed_lora a second time, the first must have had retain_graph=True")
+        (x,), rest = self.keeper.saved_tensors, self.rest
+        if self.versions != [t if t is None else t._version for t in rest]:
             raise RuntimeError(
-                "a tensor that backward needs (lora_a, lora_b, router or expert_scale) was changed in place"
+                "lora_a, lora_b, router, expert_scale or dropout_seed, which backward needs, was changed in place"
             )
-        return x.reshape(-1, x.shape[-1]), *self.rest
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.rest = None  # as autograd frees what it saved, though the graph may live on
+        return x.reshape(-1, x.shape[-1]), *rest

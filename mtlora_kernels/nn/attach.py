@@ -22,10 +22,10 @@ def attach_block_adapters(
     freeze_base: bool = False,
     **options: Any,
 ) -> dict[str, RoutedLoRA]:
-    """Give each named block a child `block_adapter` and a forward hook: output + adapter(block input).
+    """Give each named block a child `block_adapter` and forward hooks: output + adapter(block input).
 
     The adapter's residual is the block's output. A block is called with its input as the first positional
-    argument or as hidden_states=, and returns a tensor or a tuple that starts with one. The hook stays when
+    argument or as hidden_states=, and returns a tensor or a tuple that starts with one. The hooks stay when
     others patch the block's forward, which silently drops a wrapper; the block keeps its type and names.
 
     Args:
@@ -84,8 +84,13 @@ def remove_block_adapter(block: nn.Module) -> nn.Module:
 
 
 def keep_input(block: nn.Module) -> RemovableHandle:
-    """Let block save its input for adapters on it, which then save nothing after it: a checkpoint that is not
-    reentrant reruns neither them nor the block's last layer. `add_block_adapter` does it."""
+    """Let block save its input for an adapter on it, which then saves nothing after it: a checkpoint that is not
+    reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it.
+
+    The input comes first or as hidden_states=. The first `routed_lora` on it that holds little makes use of this, any
+    other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises. Removing the
+    handle that is returned undoes it.
+    """
     return block.register_forward_pre_hook(_keep_input, with_kwargs=True)
 
 

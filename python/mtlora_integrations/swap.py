@@ -36,8 +36,9 @@ def swap_in(model: nn.Module, numerics: str = "fp32", impl: str | None = None, s
 
     Layers are found by the name and the attributes of their class, from whatever package it came. Each keeps its
     parameters, names, hooks, isinstance and state dict; only the instance's class changes, to a subclass with
-    another forward. Expert matrices move into one storage per layer, so that no call copies them. Call it after
-    the adapters are injected, and before compiling or sharding; again to change the settings.
+    another forward, and the block around a block adapter gets `mk.nn.keep_input`. Expert matrices move into one
+    storage per layer, so that no call copies them. Call it after the adapters are injected, and before compiling or
+    sharding; again to change the settings.
 
     Args:
         numerics: "fp32", more accurate than the hosts, or "eager", which keeps the model's output bit for bit at

@@ -73,6 +73,36 @@ def test_gradients_are_those_without_the_hook():
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("retain", [False, True])
+def test_another_call_on_the_input_saves_it_itself(retain):
+    """A checkpoint gives a saved tensor once per backward."""
+    block, _ = adapted()
+    block.up = mk.nn.RoutedLoRALinear(block.up, rank=2, num_experts=2)
+    nn.init.normal_(block.up.lora_B)
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    expected = gradients(block, block, x)
+    out = checkpointed(block)(x)
+    trained = [x, *(p for p in block.parameters() if p.requires_grad)]
+    for again in (True, False) if retain else (False,):
+        got = torch.autograd.grad(out.square().sum(), trained, retain_graph=again)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected[1:], strict=True))
+
+
+@pytest.mark.parametrize("through_the_input", [False, True])
+def test_backward_frees_what_is_held_and_does_not_run_twice(through_the_input):
+    block, adapter = adapted()
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    loss = block(x).sum()
+    held = loss.grad_fn.next_functions[0][0].saved
+    wanted = [adapter.lora_B, *([x] if through_the_input else [])]
+    torch.autograd.grad(loss, wanted, retain_graph=True)
+    assert held.rest is not None
+    torch.autograd.grad(loss, wanted)
+    assert held.rest is None
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(loss, wanted)
+
+
 def test_an_input_without_gradient_and_a_call_by_keyword():
     block, adapter = adapted()
     x = torch.randn(5, WIDTH)
