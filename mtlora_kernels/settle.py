@@ -32,9 +32,10 @@ def settled(
     if torch.compiler.is_compiling():
         return _settle(*tensors, *options)
     try:
-        dtype = compute_dtype or _default_dtype(tensors[0])
+        dtype = _default_dtype(tensors[0]) if compute_dtype is None else compute_dtype
         layouts = [t if t is None else (t.dtype, t.shape, t.device) for t in tensors]
-        key = (type(scaling), *options[1:-1], dtype, *layouts)
+        # Types too, as 2.0 equals 2; no value of scaling, as a schedule has a new one every step.
+        key = (type(scaling), type(num_groups), type(dropout_p), *options[1:-1], dtype, *layouts)
         known = _known.get(key)
     except (AttributeError, TypeError):  # not a tensor, or a tracer's symbolic size, which has no hash
         return _settle(*tensors, *options)

@@ -29,6 +29,8 @@ def require_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str
 
 def stacked_experts(lora_b: Sequence[Tensor]) -> Tensor:
     """A sequence of N tensors [d_out, r] as one tensor [N, d_out, r]."""
+    if not hasattr(lora_b, "__len__"):
+        raise TypeError(f"lora_b is {type(lora_b).__name__}, it must be a tensor or a sequence of tensors")
     if not lora_b:
         raise ValueError("lora_b is an empty sequence, it must hold one tensor [d_out, r] per expert")
     for i, b in enumerate(lora_b):
@@ -64,14 +66,17 @@ def check_routed_lora(
         raise ValueError(f"lora_b has {n} experts of rank {r}, both must be at most {MAX_WIDTH}")
     require_shape("lora_a", lora_a, (r, d_in), "[r, d_in] with r of lora_b and d_in of x")
 
-    if isinstance(scaling, bool) or not isinstance(scaling, int | float):
-        raise TypeError(f"scaling is {type(scaling).__name__}, it must be a Python number")
+    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            raise TypeError(f"{name} is {type(number).__name__}, it must be a Python number")
     if numerics not in NUMERICS:
         raise ValueError(f"numerics is {numerics!r}, it must be one of {NUMERICS}")
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}, it must be one of {ACTIVATIONS}")
     if not 0 <= dropout_p < 1:  # torch.compile(dynamic=True) makes it symbolic, which no f-string may hold
         raise ValueError(f"dropout_p is {dropout_p}, it must be in [0, 1)")
+    if isinstance(num_groups, bool) or not isinstance(num_groups, int):
+        raise TypeError(f"num_groups is {type(num_groups).__name__}, it must be an int")
     if num_groups < 1 or d_out % num_groups != 0:
         raise ValueError(f"num_groups is {num_groups}, it must be a positive divisor of d_out = {d_out}")
 

@@ -76,6 +76,9 @@ TYPE_ERRORS = {
     "expert_scale": ("expert_scale", {"expert_scale": 1.0}, "float"),
     "scaling: tensor": ("scaling", {"scaling": torch.tensor(2.0)}, "Python number"),
     "scaling: bool": ("scaling", {"scaling": True}, "Python number"),
+    "lora_b: missing": ("lora_b", {"lora_b": None}, "a tensor or a sequence of tensors"),
+    "num_groups: float": ("num_groups", {"num_groups": 2.0}, "an int"),
+    "dropout_p: tensor": ("dropout_p", {"dropout_p": torch.tensor(0.5)}, "Python number"),
     "dropout_seed: float": ("dropout_seed", {"dropout_p": 0.1, "dropout_seed": 1.0}, "int or an int64 tensor"),
     "dropout_seed: bool": ("dropout_seed", {"dropout_p": 0.1, "dropout_seed": True}, "int or an int64 tensor"),
 }
@@ -95,7 +98,9 @@ def test_rule(error, name, changes, says):
     assert len(message) < 250
 
 
-CHANGES = {"scaling": True, "dropout_p": 1.0, "num_groups": 3, "lora_a": torch.ones(R, D_IN).long(), "numerics": "fp64"}
+CHANGES = {
+    "scaling": True, "dropout_p": False, "num_groups": 2.0, "lora_a": torch.ones(R, D_IN).long(), "numerics": "fp64",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CHANGES)
