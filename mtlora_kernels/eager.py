@@ -64,7 +64,7 @@ class _RoutedLora(torch.autograd.Function):
 _apply = super(torch.autograd.Function, _RoutedLora).apply
 
 
-def routed_lora(given: Tensor, *inputs) -> tuple[Tensor, Tensor]:
+def routed_lora(given: Tensor, *inputs) -> tuple[Tensor, Tensor | None]:
     """(out, load) of the operator routed_lora_fwd, differentiable; what load is without return_load is left open.
     given is x before it was flattened to tokens."""
     if torch.compiler.is_compiling():

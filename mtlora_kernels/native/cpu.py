@@ -28,7 +28,7 @@ def routed_lora_fwd(
     compute_dtype: torch.dtype,
     accumulate_into_residual: bool,
     return_load: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Returns out [T, d_out], load [N] (or None if not asked for), and for backward h [T, r] and pi [T, G, N]."""
     tokens, (experts, d_out, rank) = x.shape[0], lora_b.shape
     out = x.new_empty(tokens, d_out, dtype=output_dtype(residual, compute_dtype))

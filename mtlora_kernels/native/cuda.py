@@ -51,7 +51,7 @@ def routed_lora_fwd(
     compute_dtype: torch.dtype,
     accumulate_into_residual: bool,
     return_load: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
     tokens, (experts, d_out, rank) = x.shape[0], lora_b.shape
     out, h = x.new_empty(tokens, d_out), x.new_empty(tokens, rank)  # every dtype is x's, see limits.py

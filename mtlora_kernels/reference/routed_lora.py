@@ -91,7 +91,7 @@ def routed_lora_fwd(
     compute_dtype: torch.dtype,
     accumulate_into_residual: bool,
     return_load: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """Returns out [T, d_out], load [N] (or None if not asked for), and for backward h [T, r] and pi [T, G, N]."""
     E, acc = compute_dtype, acc_dtype(compute_dtype)
     arithmetic = arithmetic_for(x.device, E)

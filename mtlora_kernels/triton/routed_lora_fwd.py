@@ -293,7 +293,7 @@ def routed_lora_fwd(
     compute_dtype: torch.dtype,
     accumulate_into_residual: bool,
     return_load: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
     """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
     E, (tokens, d_in), (experts, d_out, rank) = compute_dtype, x.shape, lora_b.shape
     a, b, router = operand(lora_a, E), operand(lora_b, E), operand(router, E)
