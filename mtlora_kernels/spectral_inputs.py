@@ -1,5 +1,6 @@
 """What the spectral functions accept, brought into the shapes of their operators."""
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,7 @@ MAX_WIDTH = 64  # of the matrices whose eigenvalues are computed: rank + oversam
 MAX_SHORT_SIDE = 256
 KINDS = ("pairwise", "gram")
 
+_is_lora_b = re.compile("lora_B[0-9]*").fullmatch
 Layers = Tensor | Sequence[Tensor | Sequence[Tensor]] | nn.Module
 
 
@@ -61,18 +63,35 @@ def sketch_size(matrices: Tensor, rank: int, oversampling: int, power_iterations
     return sketch
 
 
+def _find_experts(owner: nn.Module, found: dict[int, tuple[nn.Module, str, Tensor]], seen: set[nn.Module]) -> None:
+    """Adds (owner of lora_B, name in it, parameter) by id, in order of `named_parameters`. That spells every name of
+    the model, which takes four times as long. Nothing is kept between calls, so that every change is seen."""
+    seen.add(owner)
+    for name, parameter in owner._parameters.items():
+        if name[:6] == "lora_B" and _is_lora_b(name) and parameter is not None:
+            found.setdefault(id(parameter), (owner, name, parameter))
+    for name, module in owner._modules.items():
+        if module is None or module in seen:
+            continue
+        if name[:6] == "lora_B" and _is_lora_b(name):
+            for below, parameter in module.named_parameters(prefix=name):
+                found.setdefault(id(parameter), (owner, below, parameter))
+        else:
+            _find_experts(module, found, seen)
+
+
 def adapter_layers(model: nn.Module) -> list[Tensor | list[Tensor]]:
     """The experts of every adapter in model, found by the published names of their parameters: `lora_B` [N, d, r],
     alone or with an adapter's name behind it, or one [d, r] per expert, `lora_B.{i}.weight` or `lora_B{i}.weight`."""
-    found: dict[str, list[tuple[int, Tensor]]] = {}
-    for name, parameter in model.named_parameters():
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if part.rstrip("0123456789") == "lora_B"), None)
-        if at is not None:
-            numbers = [parts[at].removeprefix("lora_B"), *parts[at + 1 :]]
-            expert = next((int(number) for number in numbers if number.isdigit()), 0)
-            adapter = [part for part in parts[at + 1 :] if not part.isdigit() and part != "weight"]
-            found.setdefault(".".join((*parts[:at], *adapter)), []).append((expert, parameter))
+    named: dict[int, tuple[nn.Module, str, Tensor]] = {}
+    _find_experts(model, named, set())
+    found: dict[tuple, list[tuple[int, Tensor]]] = {}
+    for owner, name, parameter in named.values():
+        first, *parts = name.split(".")
+        numbers = [first.removeprefix("lora_B"), *parts]
+        expert = next((int(number) for number in numbers if number.isdigit()), 0)
+        adapter = [part for part in parts if not part.isdigit() and part != "weight"]
+        found.setdefault((owner, *adapter), []).append((expert, parameter))
     if not found:
         raise ValueError(f"lora_b is a {type(model).__name__} without parameters named lora_B, it must have adapters")
     layers = [[b for _, b in sorted(experts, key=lambda e: e[0])] for experts in found.values()]

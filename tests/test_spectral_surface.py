@@ -1,5 +1,7 @@
 """The public spectral functions: inputs they take and refuse, and their place in PyTorch."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -184,6 +186,48 @@ def test_a_model_is_found_by_published_names(spectral_impl):
     expected = mk.spectral_penalty([numbered, listed, default, other, ours], impl=spectral_impl)
     assert_bitwise_equal(loss, expected)
     assert model.lora_B10.weight.grad.any() and model.ours.lora_B.grad.any() and model.lora_A.weight.grad is None
+
+
+def test_a_changed_model_is_searched_anew():
+    model = nn.ModuleDict({name: mk.nn.RoutedLoRA(8, 2, 3) for name in "ab"})
+    first, second = model["a"], model["b"]
+
+    def found() -> list[int]:
+        return [id(b) for b in adapter_layers(model)]
+
+    assert found() == [id(first.lora_B), id(second.lora_B)]
+    first.lora_B = nn.Parameter(torch.randn(3, 8, 2))
+    model["c"] = nn.Sequential(nn.Linear(8, 8), mk.nn.RoutedLoRA(8, 2, 3))
+    assert found() == [id(b) for b in (first.lora_B, second.lora_B, model["c"][1].lora_B)]
+    del model["b"]
+    model["c"] = None
+    assert found() == [id(first.lora_B)]
+    first.lora_B = None
+    with pytest.raises(ValueError, match="lora_b is a ModuleDict without parameters named lora_B"):
+        found()
+
+
+def test_shared_experts_count_once():
+    """In the order and as often as `named_parameters` has them; names that only begin or end alike are others."""
+    model = nn.Module()
+    model.first, model.tied, model.lists = mk.nn.RoutedLoRA(8, 2, 3), mk.nn.RoutedLoRA(8, 2, 3), Published()
+    model.again, model.tied.lora_B = model.first, model.first.lora_B
+    model.lists.again = model.lists.block_adapter
+    model.lora_Bias, model.my_lora_B, model.lora_B1x = (nn.Parameter(torch.zeros(3, 8, 2)) for _ in range(3))
+    model.loop = nn.ModuleList([model.lists.inner])
+    named = [p for name, p in model.named_parameters() if re.search(r"(^|\.)lora_B\d*(\.|$)", name)]
+    layers = adapter_layers(model)
+    assert [len(layer) if isinstance(layer, list) else 1 for layer in layers] == [1, 11, 11, 1, 1, 1]
+    experts = [b for layer in layers for b in (layer if isinstance(layer, list) else [layer])]
+    assert list(map(id, experts)) == list(map(id, named))
+
+
+def test_a_module_compiles():
+    model = nn.ModuleList(mk.nn.RoutedLoRA(24, 4, 3) for _ in range(2))
+    for adapter in model:
+        nn.init.normal_(adapter.lora_B)
+    compiled = torch.compile(lambda: mk.spectral_penalty(model) * 2, fullgraph=True, backend="aot_eager")
+    assert_bitwise_equal(compiled(), mk.spectral_penalty(model) * 2)
 
 
 REFUSED_PENALTY = [
