@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cuda/cluster.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
@@ -77,7 +78,7 @@ __device__ void divide(float (&e)[P], float sum, bool common) {
     }
 }
 
-// One group of one token in place: rounded logits to pi. P is the number of experts (`full`) or the power of two above.
+// One group of one token in place: rounded logits to pi. P is the number of experts (`full`) or a power of two above.
 template <class E, int P, bool full>
 __device__ void softmax(E* row, int experts) {
     union {
