@@ -46,7 +46,7 @@ def hopper_limits(call: Call) -> str | None:
     if call.experts > 32:
         return f"there are {call.experts} experts, more than 32"
     if call.groups * call.experts > HOPPER_ROUTER_ROWS:
-        return f"the router has {call.groups * call.experts} rows, more than {HOPPER_ROUTER_ROWS}"
+        return f"a token has {call.groups * call.experts} weights, G * N, more than {HOPPER_ROUTER_ROWS}"
     if call.d_in % 8 != 0:
         return f"d_in is {call.d_in}, not a multiple of 8"
     if size % 8 != 0 or size < GROUP_FORM_MIN_SIZE:

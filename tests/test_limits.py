@@ -19,6 +19,13 @@ def test_the_published_settings_are_served(d, experts, rank):
         assert hopper_limits(SERVED._replace(d_in=4096, d_out=d, experts=experts, rank=rank, groups=groups)) is None
 
 
+@pytest.mark.parametrize("experts, groups", [(1, 1216), (16, 76), (31, 39), (32, 38)])
+def test_the_most_weights_of_a_token_are_served(experts, groups):
+    most = SERVED._replace(d_out=16 * groups, rank=64, experts=experts, groups=groups)
+    assert hopper_limits(most) is None
+    assert "weights" in hopper_limits(most._replace(d_out=16 * (groups + 1), groups=groups + 1))
+
+
 @pytest.mark.parametrize(
     "changes, phrase",
     [
@@ -28,7 +35,7 @@ def test_the_published_settings_are_served(d, experts, rank):
         ({"rank": 4}, "the rank is 4"),
         ({"rank": 8, "eager": True}, "the rank is 8"),
         ({"experts": 33}, "there are 33 experts"),
-        ({"groups": 128}, "the router has 2048 rows"),
+        ({"groups": 128}, "a token has 2048 weights, G * N, more than 1216"),
         ({"d_in": 4100}, "d_in is 4100"),
         ({"experts": 2, "groups": 512}, "a group has 8 outputs"),
         ({"experts": 1, "d_out": 4120, "groups": 1030}, "a group has 4 outputs"),
@@ -38,3 +45,15 @@ def test_the_published_settings_are_served(d, experts, rank):
 )
 def test_what_is_refused(changes, phrase):
     assert phrase in hopper_limits(SERVED._replace(**changes))
+
+
+@pytest.mark.parametrize("tokens, experts, groups, rank", [(2**22, 25, 32, 16), (2**26, 1, 1, 64)])
+def test_a_backward_of_more_threads_than_are_counted_is_refused_before_its_first_kernel(tokens, experts, groups, rank):
+    _C = pytest.importorskip("mtlora_kernels._C")
+    if _C.build_info()["cuda"] is None:
+        pytest.skip("built without the CUDA kernels")
+    params = _C.RoutedLoraBwd()
+    params.tokens, params.experts, params.groups, params.rank = tokens, experts, groups, rank
+    params.d_in, params.d_out, params.token_chunk = 64, 16 * groups, tokens
+    with pytest.raises(RuntimeError, match=f"{tokens} tokens with {groups} groups of {experts} experts"):
+        _C.routed_lora_bwd_cuda(params)

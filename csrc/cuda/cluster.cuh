@@ -1,10 +1,36 @@
-// What the backward uses besides hopper.cuh: each other's shared memory in a cluster, runs of bytes, registers moved
-// between warpgroups, a ring of stages.
+// What not every kernel needs besides hopper.cuh: clusters and their blocks' shared memory, runs of bytes, registers
+// moved between warpgroups, a ring of stages.
 #pragma once
 
 #include "cuda/hopper.cuh"
 
 namespace mtlora::cuda {
+
+__device__ inline uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Every thread of every block of the cluster.
+__device__ inline void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// The same without a memory barrier, which takes half a microsecond: enough after `barrier_init_fence`.
+__device__ inline void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// Arrive on the barrier at the same place in another block of the cluster.
+__device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
+    asm volatile(
+        "{\n.reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
+        "r"(rank)
+        : "memory");
+}
 
 __device__ inline uint32_t cluster_size() {
     uint32_t size;
@@ -23,21 +49,12 @@ __device__ inline void cluster_arrive(uint32_t barrier_address) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(barrier_address) : "memory");
 }
 
-// A run of bytes, a multiple of 16, to shared memory; the second to the same place in every block of the cluster in
-// `blocks` (a bit each), completing on the barrier of each.
+// A run of bytes, a multiple of 16, to shared memory.
 __device__ inline void bulk_load(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                      smem_address(to)),
                  "l"(from), "r"(bytes), "r"(smem_address(barrier))
                  : "memory");
-}
-__device__ inline void bulk_load_multicast(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
-                                           uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(smem_address(to)),
-        "l"(from), "r"(bytes), "r"(smem_address(barrier)), "h"(blocks)
-        : "memory");
 }
 
 // Registers a thread of this warpgroup may use from here on: what producers give up, consumers take.

@@ -60,9 +60,8 @@ __device__ inline void mma(double (&c)[2], double a, double b) {
                  : "d"(a), "d"(b));
 }
 
-// c [16, 8] += a [16, 4 kSteps] b [4 kSteps, 8], Hopper's shapes: `low` and `high` are the results of rows t / 4 and t
-// / 4
-// + 8, a and b what `mma` takes, step by step.
+// c [16, 8] += a [16, 4 kSteps] b [4 kSteps, 8], Hopper's shapes: `low` and `high` are the results of rows t / 4 and
+// t / 4 + 8, a and b what `mma` takes, step by step.
 template <int kSteps>
 __device__ inline void mma16(double (&low)[2], double (&high)[2], const double (&a_low)[kSteps],
                              const double (&a_high)[kSteps], const double (&b)[kSteps]) {

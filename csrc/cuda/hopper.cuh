@@ -56,33 +56,7 @@ __device__ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
     } while (!done);
 }
 
-// ---- Clusters ----
-
-__device__ inline uint32_t cluster_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-
-// Every thread of every block of the cluster.
-__device__ inline void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// The same without a memory barrier, which takes half a microsecond: enough after `barrier_init_fence`.
-__device__ inline void cluster_meet() {
-    asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-// Arrive on the barrier at the same place in another block of the cluster.
-__device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
-        "r"(rank)
-        : "memory");
-}
+// ---- Barriers of the block ----
 
 // One barrier among `threads` threads of the block; id 0 is __syncthreads.
 __device__ inline void named_barrier(int id, int threads) {
@@ -189,18 +163,9 @@ __device__ inline void fence_async_proxy() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
-// ---- Matrices of 8 x 8 elements in shared memory: 16 bytes a row, lane l gives the address of row l % 8 of matrix l /
-// 8; lane l holds two elements of each, row l / 4, columns 2 (l % 4) (+ 1), as wgmma's accumulators do ----
-
-__device__ inline void load_matrices(uint32_t (&m)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(row)
-                 : "memory");
-}
-
-__device__ inline void store_matrices(uint32_t row, const uint32_t (&m)[4]) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(m[0]), "r"(m[1]),
+// The reverse of `load_matrices` of tensor.cuh; each lane's elements are those it holds of wgmma's accumulators.
+__device__ inline void store_matrices(uint32_t at, const uint32_t (&m)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(m[0]), "r"(m[1]),
                  "r"(m[2]), "r"(m[3])
                  : "memory");
 }

@@ -53,6 +53,16 @@ void check(cudaError_t status, const char* kernel) {
     throw std::runtime_error(message);
 }
 
+void check_launch(cudaError_t status, const char* kernel, int shared_bytes) {
+    if (status == cudaErrorInvalidValue && shared_bytes > max_shared_bytes()) {
+        cudaGetLastError();
+        throw std::runtime_error(std::string(kernel) + ": these sizes need " + std::to_string(shared_bytes) +
+                                 " bytes of shared memory, a block has " + std::to_string(max_shared_bytes()) +
+                                 " on this device");
+    }
+    check(status, kernel);
+}
+
 int current_device() {
     int device = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");

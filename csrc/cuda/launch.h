@@ -18,6 +18,8 @@ constexpr int kDefaultSharedBytes = 48 * 1024;  // more has to be asked for; sta
 
 // Throws std::runtime_error with the kernel's name and what CUDA says.
 void check(cudaError_t status, const char* kernel);
+// The same for a launch, also of what the device's shared memory does not hold.
+void check_launch(cudaError_t status, const char* kernel, int shared_bytes);
 
 int current_device();
 int multiprocessors();
@@ -74,7 +76,7 @@ void launch(const char* name, dim3 grid, int threads, int shared_bytes, void* st
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = attributes;
     config.numAttrs = count;
-    check(cudaLaunchKernelEx(&config, kernel, params), name);
+    check_launch(cudaLaunchKernelEx(&config, kernel, params), name, shared_bytes);
 }
 
 }  // namespace mtlora::cuda

@@ -7,7 +7,7 @@
 
 namespace mtlora::cuda {
 
-// What these kernels take is decided in mtlora_kernels/dispatch.py; they trust it.
+// What these kernels take is decided in mtlora_kernels/limits.py; they trust it.
 void routed_lora_fwd(const RoutedLoraFwd& f);
 
 void project(const RoutedLoraFwd& f);  // h and pi

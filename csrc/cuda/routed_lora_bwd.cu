@@ -1,6 +1,11 @@
 // The backward: which kernels run, their workspaces, and `route`, the small one between the products.
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
@@ -131,6 +136,26 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     return w;
 }
 
+// Experts of a lane.
+int route_run(const RoutedLoraBwd& f) {
+    const bool aligned = (reinterpret_cast<uintptr_t>(f.pi.data) | reinterpret_cast<uintptr_t>(f.dpi.data)) % 16 == 0;
+    return f.experts % 4 == 0 && aligned ? 4 : 1;  // four: 27 to 13 us at T = 8192, N = 16, G = 32
+}
+int log_lanes(const RoutedLoraBwd& f) {
+    int log = 0;
+    while ((route_run(f) << log) < f.experts) ++log;
+    return log;
+}
+
+// `route` counts its threads in 32 bits and the rows of pi in 31. With 25 experts that is 2^27 rows, 7 GB of pi.
+void check_rows(const RoutedLoraBwd& f) {
+    const int64_t rows = f.tokens * f.groups, threads = std::max(rows << log_lanes(f), f.tokens * padded_rank(f));
+    if (threads <= int64_t(UINT32_MAX) && rows <= int64_t(INT32_MAX)) return;
+    throw std::runtime_error("routed_lora backward: " + std::to_string(f.tokens) + " tokens with " +
+                             std::to_string(f.groups) + " groups of " + std::to_string(f.experts) +
+                             " experts are more than one call can take, split the tokens");
+}
+
 template <class E, int run>
 void launch_route(const RoutedLoraBwd& f, const Buffers& w) {
     RouteArgs p = {};
@@ -146,7 +171,7 @@ void launch_route(const RoutedLoraBwd& f, const Buffers& w) {
     p.pitch = row_pitch(f);
     p.groups = int(f.groups);
     p.experts = int(f.experts);
-    while ((run << p.log_lanes) < p.experts) ++p.log_lanes;
+    p.log_lanes = log_lanes(f);
     p.rank = int(f.rank);
     p.padded_rank = padded_rank(f);
     p.blocks = int(ceil_div(f.experts * f.rank, 128));
@@ -163,9 +188,8 @@ void launch_route(const RoutedLoraBwd& f, const Buffers& w) {
 
 template <class E>
 void choose_run(const RoutedLoraBwd& f, const Buffers& w) {
-    const bool aligned = (reinterpret_cast<uintptr_t>(f.pi.data) | reinterpret_cast<uintptr_t>(f.dpi.data)) % 16 == 0;
-    if (f.experts % 4 == 0 && aligned)
-        launch_route<E, 4>(f, w);  // 27 to 13 us at T = 8192, N = 16, G = 32
+    if (route_run(f) == 4)
+        launch_route<E, 4>(f, w);
     else
         launch_route<E, 1>(f, w);
 }
@@ -188,6 +212,7 @@ int64_t routed_lora_bwd_workspace(const RoutedLoraBwd& f) {
 void routed_lora_bwd(const RoutedLoraBwd& f) {
     Carver carver{static_cast<char*>(f.workspace)};
     const Buffers w = carve(f, carver);
+    check_rows(f);
     pack(f, w);
     if (w.dw || w.dh) {
         contract(f, w);

@@ -8,6 +8,7 @@
 
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
+#include "cuda/tensor.cuh"
 
 namespace mtlora::cuda {
 
@@ -63,7 +64,7 @@ __device__ void read_tile(const char* tile, Use use) {
 #pragma unroll
     for (int j = 0; j < BO / 16; ++j) {
         uint32_t pairs[4];
-        load_matrices(pairs, tile_row<BO>(tile, j));
+        load_matrices<false>(pairs, tile_row<BO>(tile, j));
 #pragma unroll
         for (int i = 0; i < 4; ++i) use(4 * j + i, bits_as<Pair<E>>(pairs[i]));
     }

@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <type_traits>
 
+#include "cuda/cluster.cuh"
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
 #include "cuda/launch.h"
@@ -77,7 +78,7 @@ __device__ void divide(float (&e)[P], float sum, bool common) {
     }
 }
 
-// One group of one token in place: rounded logits to pi. P is the number of experts (`full`) or the power of two above.
+// One group of one token in place: rounded logits to pi. P is the number of experts (`full`) or a power of two above.
 template <class E, int P, bool full>
 __device__ void softmax(E* row, int experts) {
     union {
@@ -174,11 +175,12 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
     const uint64_t first_x = smem_descriptor(tiles + warpgroup * 64 * 128, 16, p.x_rows == 8 ? 0 : 1024, Swizzle::b128);
     const uint64_t first_a = smem_descriptor(tiles + a_at, 16, 1024, Swizzle::b128);
     const uint64_t first_r = smem_descriptor(tiles + router_at, 16, 1024, Swizzle::b128);
-    int s = 0, phase = 0, previous = 0;
+    Ring ring;
+    int previous = 0;
     for (int step = 0; step < p.steps; ++step) {
-        const int at = s * p.stage_bytes;
+        const int at = ring.stage * p.stage_bytes;
         const uint64_t stage_x = advanced(first_x, at), a = advanced(first_a, at), r = advanced(first_r, at);
-        barrier_wait(full + s, phase);
+        barrier_wait(full + ring.stage, ring.parity);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < slabs * kDepth / 16; ++k) {  // 16 k are 32 bytes of a row
@@ -193,16 +195,13 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
         // Only what will be filled again is given back: no arrival is then on its way when a block ends.
         if constexpr (Tile::kWide) {  // few stages: at once; the other warpgroup multiplies meanwhile
             wgmma_wait<0>();
-            if (step + p.stages < p.steps) release(s);
+            if (step + p.stages < p.steps) release(ring.stage);
         } else {
             wgmma_wait<1>();
             if (step > 0 && step - 1 + p.stages < p.steps) release(previous);
         }
-        previous = s;
-        if (++s == p.stages) {
-            s = 0;
-            phase ^= 1;
-        }
+        previous = ring.stage;
+        ring.advance(p.stages);
     }
     wgmma_wait<0>();
     pin(h);
@@ -240,27 +239,24 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         if (lane == 0) {
             const int x_bytes = slabs * p.x_rows * 128, a_bytes = has_h ? slabs * Tile::kABytes : 0;
             const int router_bytes = has_router ? slabs * Tile::kRouterBytes : 0, row = first_group * p.experts;
-            int s = 0, phase = 1;  // a barrier's first phase counts as preceded by a complete one
+            Ring ring{0, 1};  // the opposite from the start, so that waits read it as it is
             for (int step = 0; step < p.steps; ++step) {
                 const int k = slabs > 1 ? 0 : step * kDepth, slab = slabs > 1 ? step * slabs : 0;
-                char* const tile = tiles + s * p.stage_bytes;
-                barrier_wait(empty + s, phase);
-                barrier_expect(full + s, x_bytes + a_bytes + router_bytes);
-                tma_load(tile, &p.x, full + s, k, token_tile, slab);
-                if (has_h) tma_load(tile + x_bytes, &p.lora_a, full + s, k, 0, slab);
+                char* const tile = tiles + ring.stage * p.stage_bytes;
+                barrier_wait(empty + ring.stage, ring.parity);
+                barrier_expect(full + ring.stage, x_bytes + a_bytes + router_bytes);
+                tma_load(tile, &p.x, full + ring.stage, k, token_tile, slab);
+                if (has_h) tma_load(tile + x_bytes, &p.lora_a, full + ring.stage, k, 0, slab);
                 if (has_router) {
                     if constexpr (Tile::kCluster > 1) {  // half of the columns to both blocks
                         const int half = int(cluster_rank());
                         tma_load_multicast(tile + x_bytes + a_bytes + half * Tile::kRouterBytes / 2, &p.router,
-                                           full + s, 3, k, row + half * RC / 2, slab);
+                                           full + ring.stage, 3, k, row + half * RC / 2, slab);
                     } else {
-                        tma_load(tile + x_bytes + a_bytes, &p.router, full + s, k, row, slab);
+                        tma_load(tile + x_bytes + a_bytes, &p.router, full + ring.stage, k, row, slab);
                     }
                 }
-                if (++s == p.stages) {
-                    s = 0;
-                    phase ^= 1;
-                }
+                ring.advance(p.stages);
             }
         }
         return;
