@@ -81,15 +81,6 @@ def available_impls(device: torch.device | str = "cpu") -> tuple[str, ...]:
 
 def resolve(impl: str | None, device: torch.device, call: Call) -> str:
     """The implementation of this call. None: the fastest that supports it; a name: that one or ValueError."""
-    if torch.compiler.is_compiling():
-        return _resolve(impl, device, call)
-    try:
-        return _resolve_once(impl, device, call)
-    except TypeError:  # a tracer's symbolic size has no hash
-        return _resolve(impl, device, call)
-
-
-def _resolve(impl: str | None, device: torch.device, call: Call) -> str:
     available = available_impls(device)
     if impl is None:
         # A CPU tensor reaches Triton's interpreter, a test tool, by name only: its own device type is "cuda".
@@ -107,9 +98,6 @@ def _resolve(impl: str | None, device: torch.device, call: Call) -> str:
         serving = tuple(name for name in available if _TABLE[name].limits(call) is None)
         raise UnsupportedCall(f"impl is {impl!r}, it must be None or one of {serving} for this call: {reason}")
     return impl
-
-
-_resolve_once = cache(_resolve)
 
 
 @cache

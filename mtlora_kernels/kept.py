@@ -2,13 +2,16 @@
 
 A checkpoint that is not reentrant reruns its region up to the last tensor that backward asks for. An adapter that adds
 to a block's output saves after the block, and makes it rerun the block's last layer, whose own saved tensors need no
-rerun of that layer, and itself: 34 of 47 ms that 32 adapters added to a checkpointed step of LLaMA-2-7B on an H100.
+rerun of that layer, and itself: most of what adapters add to a checkpointed step.
 """
 
-import torch
-from torch import Tensor
+from typing import Any
 
-PLAIN = (Tensor, torch.nn.Parameter)
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+PLAIN = (Tensor, nn.Parameter)
 SMALLER = 8  # than x: h and pi are held past the checkpoint, which is there to save memory, only where they are small
 
 
@@ -31,6 +34,23 @@ def keep(x: object) -> object:
     # Not the same x either: the gradients of the block and its adapters add up in the same order, with the same bits.
     apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.view_as(x) if apart or type(x) not in PLAIN else _Keep.apply(x)
+
+
+def keep_input(block: nn.Module) -> RemovableHandle:
+    """Let block save its input for an adapter on it, which then saves nothing after it: a checkpoint that is not
+    reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it.
+
+    The input comes first or as hidden_states=. The first `routed_lora` on it that holds little makes use of this, any
+    other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises. Removing the
+    handle that is returned undoes it.
+    """
+    return block.register_forward_pre_hook(_keep_input, with_kwargs=True)
+
+
+def _keep_input(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    if args:
+        return (keep(args[0]), *args[1:]), kwargs
+    return (args, kwargs | {"hidden_states": keep(kwargs["hidden_states"])}) if "hidden_states" in kwargs else None
 
 
 def keeper_of(x: Tensor) -> object | None:

@@ -30,7 +30,7 @@ def settled(
     """
     options = scaling, num_groups, numerics, activation, dropout_p, accumulate_into_residual, impl, compute_dtype
     if torch.compiler.is_compiling():
-        return _settle(*tensors, *options)
+        return _settle(tensors, options)
     try:
         dtype = _default_dtype(tensors[0]) if compute_dtype is None else compute_dtype
         layouts = [t if t is None else (t.dtype, t.shape, t.device) for t in tensors]
@@ -38,8 +38,8 @@ def settled(
         key = (type(scaling), type(num_groups), type(dropout_p), *options[1:-1], dtype, *layouts)
         known = _known.get(key)
     except (AttributeError, TypeError):  # not a tensor, or a tracer's symbolic size, which has no hash
-        return _settle(*tensors, *options)
-    return _known.keep(key, _settle(*tensors, *options)) if known is None else known
+        return _settle(tensors, options)
+    return _known.keep(key, _settle(tensors, options)) if known is None else known
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:
@@ -47,23 +47,9 @@ def _default_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _settle(
-    x: Tensor,
-    lora_a: Tensor,
-    b: Tensor,
-    router: Tensor | None,
-    residual: Tensor | None,
-    expert_scale: Tensor | None,
-    route_weights: Tensor | None,
-    scaling: float,
-    num_groups: int,
-    numerics: str,
-    activation: str | None,
-    dropout_p: float,
-    accumulate_into_residual: bool,
-    impl: str | None,
-    compute_dtype: torch.dtype | None,
-) -> tuple[str, torch.dtype]:
+def _settle(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple[str, torch.dtype]:
+    x, lora_a, b, router, residual, expert_scale, route_weights = tensors
+    scaling, num_groups, numerics, activation, dropout_p, accumulate_into_residual, impl, compute_dtype = options
     check_routed_lora(
         x,
         lora_a,

@@ -22,16 +22,6 @@ __device__ inline void cluster_meet() {
     asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-// Arrive on the barrier at the same place in another block of the cluster.
-__device__ inline void barrier_arrive(uint64_t* barrier, uint32_t rank) {
-    asm volatile(
-        "{\n.reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(smem_address(barrier)),
-        "r"(rank)
-        : "memory");
-}
-
 __device__ inline uint32_t cluster_size() {
     uint32_t size;
     asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));

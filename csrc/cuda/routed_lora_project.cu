@@ -166,7 +166,7 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
     const auto release = [&](int s) {
         if (lane < Tile::kCluster) {
             if constexpr (Tile::kCluster > 1)
-                barrier_arrive(empty + s, lane);
+                cluster_arrive(cluster_address(empty + s, lane));
             else
                 barrier_arrive(empty + s);
         }

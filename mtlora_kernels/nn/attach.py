@@ -5,9 +5,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from ..kept import keep
+from ..kept import keep_input
 from .mixture import RoutedMixture
 from .routed_lora import RoutedLoRA
 
@@ -83,17 +82,6 @@ def remove_block_adapter(block: nn.Module) -> nn.Module:
     return adapter
 
 
-def keep_input(block: nn.Module) -> RemovableHandle:
-    """Let block save its input for an adapter on it, which then saves nothing after it: a checkpoint that is not
-    reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it.
-
-    The input comes first or as hidden_states=. The first `routed_lora` on it that holds little makes use of this, any
-    other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises. Removing the
-    handle that is returned undoes it.
-    """
-    return block.register_forward_pre_hook(_keep_input, with_kwargs=True)
-
-
 def set_balance_scale(model: nn.Module, scale: float) -> None:
     """Scale the balance gradient of every adapter in model as the loss itself is scaled; call before forward.
 
@@ -129,12 +117,6 @@ def _check_block(name: str, block: nn.Module) -> None:
     if isinstance(block, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         # A Sequential would run the adapter as its last layer; the other two have no forward.
         raise ValueError(f"{name} is a {type(block).__name__}, it must be a module with its own forward")
-
-
-def _keep_input(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
-    if args:
-        return (keep(args[0]), *args[1:]), kwargs
-    return (args, kwargs | {"hidden_states": keep(kwargs["hidden_states"])}) if "hidden_states" in kwargs else None
 
 
 def _add_output(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:

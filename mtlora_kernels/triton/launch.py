@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..memo import MOST
 from .configs import INTERPRET, Tile
 
-plan = lru_cache(maxsize=4096)  # every T is a plan of its own; they are small, but not forever
+plan = lru_cache(maxsize=MOST)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -73,6 +73,11 @@ def test_shapes(shape, E, numerics):
     check(make_case(shape, E, numerics=numerics, load=True))
 
 
+@pytest.mark.parametrize("experts", [1, 2, 5, 8, 9, 16, 17, 24, 31, 32])
+def test_numbers_of_experts(experts):
+    check(make_case((130, 256, 240, 16, experts, 3)))
+
+
 @pytest.mark.parametrize("shape", [(70, 256, 256, 8, 15, 1), (513, 3584, 3584, 8, 25, 7)], ids=str)
 def test_rank_8(shape):
     check(make_case(shape))
