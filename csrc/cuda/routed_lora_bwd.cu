@@ -135,8 +135,8 @@ Buffers carve(const RoutedLoraBwd& f, Carver& workspace) {
     w.chunk_sums = static_cast<float*>(take(chunk_sums(f) > 0, chunk_sums(f) * 4));
     w.dw = static_cast<float*>(take(needs_dw, pairs * f.experts * 4));
     w.dh = static_cast<float*>(take(needs_rows, blocks * f.tokens * f.rank * 4));
-    w.b_tiles = take(needs_dw || needs_rows,
-                     f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
+    w.b_tiles =
+        take(needs_dw || needs_rows, f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
     w.pi_tiles = take(f.dlora_b.data || needs_rows, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
     w.sums = static_cast<float*>(take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;
