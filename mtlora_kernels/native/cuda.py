@@ -113,7 +113,7 @@ def _plan(
     set_common(params, x, *weights, None, h, pi, scaling, activation, 0.0)
     set_fields(
         params, eager=eager, accumulate_into_residual=eager and accumulate_into_residual,
-        scaling_exact=eager and is_representable(scaling, out.dtype), residual=residual, out=out, load=load,
+        scaling_exact=eager and is_representable(scaling, h.dtype), residual=residual, out=out, load=load,
     )  # fmt: skip
     floats = 0 if load is None else _C.sum_rows_workspace(len(x) * num_groups, len(load))
     return Plan(params, 4 * floats)

@@ -48,14 +48,14 @@ def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed:
 _plans: Memo[Plan] = Memo()
 
 
-def _plan(params: type, workspace: Callable, lora_b: Tensor, kind: str) -> Plan:
-    """Of params for a contiguous lora_b [L, N, d, r], with a workspace of workspace(params) doubles."""
-    key = (params, kind, lora_b.shape, lora_b.dtype)
+def _plan(Params: type, workspace: Callable, lora_b: Tensor, kind: str) -> Plan:
+    """Of Params for a contiguous lora_b [L, N, d, r], with a workspace of workspace(params) doubles."""
+    key = (Params, kind, lora_b.shape, lora_b.dtype)
     plan = _plans.get(key)
     if plan is not None:
         return plan
     layers, experts, d, rank = lora_b.shape
-    params = params()
+    params = Params()
     set_fields(
         params, layers=layers, experts=experts, rows=d, rank=rank, pairwise=kind == "pairwise",
         lora_b=_C.View(0, DTYPE_CODES[lora_b.dtype], (d * rank, rank, 1)),
