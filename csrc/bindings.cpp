@@ -85,6 +85,8 @@ template <auto run, class P = RoutedLoraBwd>
 constexpr auto routed_lora_bwd =
     &call<run, P, &P::dout, &P::x, &P::lora_a, &P::lora_b, &P::router, &P::expert_scale, &P::h, &P::pi, &P::dload,
           &P::dx, &P::dlora_a, &P::dlora_b, &P::drouter, &P::dpi, &P::dexpert_scale, &P::workspace>;
+template <auto run, class P = Rsvd>
+constexpr auto batched_rsvd = &call<run, P, &P::matrices, &P::u, &P::s, &P::v, &P::workspace>;
 template <auto run, class P = SpectralWeights>
 constexpr auto spectral_weights = &call<run, P, &P::lora_b, &P::weights, &P::workspace>;
 template <auto run, class P = SpectralPenaltyFwd>
@@ -159,8 +161,6 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("power_iterations", &Rsvd::power_iterations)
         .def_readwrite("seed", &Rsvd::seed)
         .def_readwrite("threads", &Rsvd::threads)
-        .def_property("stream", nullptr, [](Rsvd& p, uintptr_t a) { p.stream = pointer<void>(a); })
-        .def_property("workspace", nullptr, [](Rsvd& p, uintptr_t a) { p.workspace = pointer<double>(a); })
         .def_readwrite("matrices", &Rsvd::matrices)
         .def_property("u", nullptr, [](Rsvd& p, uintptr_t a) { p.u = pointer<float>(a); })
         .def_property("s", nullptr, [](Rsvd& p, uintptr_t a) { p.s = pointer<float>(a); })
@@ -197,7 +197,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);
     m.def("rsvd_workspace", &cuda::rsvd_workspace);
-    m.def("batched_rsvd_cuda", &cuda::batched_rsvd);
+    m.def("batched_rsvd_cuda", batched_rsvd<&cuda::batched_rsvd>);
     m.def("spectral_workspace", &cuda::spectral_workspace);
     m.def("spectral_bwd_workspace", &cuda::spectral_bwd_workspace);
     m.def("spectral_weights_cuda", spectral_weights<&cuda::spectral_weights>);

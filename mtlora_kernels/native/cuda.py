@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..memo import Memo
 from ..reference.routed_lora import is_representable
 from .params import set_common, set_fields
-from .plan import Plan, addresses, raw_stream
+from .plan import Plan, addresses, plans, raw_stream
 
 
 def _rows_fit(t: Tensor) -> bool:
@@ -36,10 +35,6 @@ def _packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return w if w.data_ptr() % 16 == 0 else w.clone()
 
 
-# By kind of call; False where inputs must be copied first.
-_plans: Memo[Plan | bool] = Memo()
-
-
 def launch(
     run: Callable, plan_of: Callable[..., Plan], E: torch.dtype, inputs: Sequence[Tensor | None],
     others: Sequence[Tensor | None], options: tuple,
@@ -51,9 +46,9 @@ def launch(
     """
     layouts = [t if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
     key = (plan_of, E, *options, *layouts, *[t if t is None else t.dtype for t in others])
-    plan = _plans.get(key)
+    plan = plans.get(key)
     if plan is None:
-        plan = _plans.keep(key, _fits(inputs, E) and plan_of(inputs, others, *options))
+        plan = plans.keep(key, _fits(inputs, E) and plan_of(inputs, others, *options))
     given = addresses(inputs)
     if plan is False or reduce(or_, given) % 16:
         rows, weights = [_copyable(t, E) for t in inputs[:2]], [_packed(w, E) for w in inputs[2:]]

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..memo import Memo
 from ..reference.arithmetic import Cuda
 from .params import DTYPE_CODES, set_fields
-from .plan import Plan, addresses, raw_stream
+from .plan import Plan, addresses, plans, raw_stream
 
 WORKSPACE = 2**28  # bytes: larger batches of `batched_rsvd` are cut, and such pieces fill any GPU
 
@@ -19,39 +18,41 @@ def _rows_contiguous(matrices: Tensor) -> Tensor:
     return matrices if matrices.stride(2) == 1 or matrices.shape[2] == 1 else matrices.contiguous()
 
 
+def _launch(run: Callable, plan: Plan, *tensors: Tensor | None) -> None:
+    run(plan.params, raw_stream(tensors[0]), addresses(tensors))
+
+
 def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """U [batch, m, rank], S [batch, rank], V [batch, n, rank] in fp32; NaN for a matrix with a NaN or Inf in it."""
     batch, rows, cols = a.shape
     u, s, v = (a.new_empty(batch, *shape, dtype=torch.float32) for shape in ((rows, rank), (rank,), (cols, rank)))
-    params = _C.Rsvd()
-    set_fields(
-        params, rows=rows, cols=cols, rank=rank, sketch=sketch, power_iterations=power_iterations, seed=seed,
-        stream=raw_stream(a),
-    )  # fmt: skip
-    params.batch = 1
-    piece = max(1, WORKSPACE // (8 * _C.rsvd_workspace(params)))
-    workspace = None
+    settings = rank, sketch, power_iterations, seed
+    piece = max(1, WORKSPACE // _rsvd_plan(1, a, *settings).workspace)
     for first in range(0, batch, piece):
-        last = min(first + piece, batch)
-        part = _rows_contiguous(a[first:last])
-        params.batch = last - first
-        if workspace is None:
-            workspace = a.new_empty(_C.rsvd_workspace(params), dtype=torch.float64)
-        set_fields(
-            params, matrices=part, workspace=workspace.data_ptr(), u=u[first].data_ptr(), s=s[first].data_ptr(),
-            v=v[first].data_ptr(),
-        )  # fmt: skip
-        _C.batched_rsvd_cuda(params)
+        part = _rows_contiguous(a[first : first + piece])
+        plan = _rsvd_plan(len(part), part, *settings)
+        _launch(_C.batched_rsvd_cuda, plan, part, u[first:], s[first:], v[first:], plan.new_workspace(part))
     return u, s, v
 
 
-_plans: Memo[Plan] = Memo()
+def _rsvd_plan(batch: int, a: Tensor, *settings: int) -> Plan:
+    key = (_C.Rsvd, batch, a.shape, a.stride(), a.dtype, *settings)
+    plan = plans.get(key)
+    if plan is not None:
+        return plan
+    (_, rows, cols), (rank, sketch, power_iterations, seed) = a.shape, settings
+    params = _C.Rsvd()
+    set_fields(
+        params, batch=batch, rows=rows, cols=cols, rank=rank, sketch=sketch, power_iterations=power_iterations,
+        seed=seed, matrices=a,
+    )  # fmt: skip
+    return plans.keep(key, Plan(params, 8 * _C.rsvd_workspace(params)))
 
 
-def _plan(Params: type, workspace: Callable, lora_b: Tensor, kind: str) -> Plan:
+def _layers_plan(Params: type, workspace: Callable, lora_b: Tensor, kind: str) -> Plan:
     """Of Params for a contiguous lora_b [L, N, d, r], with a workspace of workspace(params) doubles."""
     key = (Params, kind, lora_b.shape, lora_b.dtype)
-    plan = _plans.get(key)
+    plan = plans.get(key)
     if plan is not None:
         return plan
     layers, experts, d, rank = lora_b.shape
@@ -60,11 +61,7 @@ def _plan(Params: type, workspace: Callable, lora_b: Tensor, kind: str) -> Plan:
         params, layers=layers, experts=experts, rows=d, rank=rank, pairwise=kind == "pairwise",
         lora_b=_C.View(0, DTYPE_CODES[lora_b.dtype], (d * rank, rank, 1)),
     )  # fmt: skip
-    return _plans.keep(key, Plan(params, 8 * workspace(params)))
-
-
-def _launch(run: Callable, plan: Plan, *tensors: Tensor | None) -> None:
-    run(plan.params, raw_stream(tensors[0]), addresses(tensors))
+    return plans.keep(key, Plan(params, 8 * workspace(params)))
 
 
 def _has_products(x: Tensor) -> bool:
@@ -76,7 +73,7 @@ def spectral_weights(lora_b: Tensor, kind: str) -> Tensor:
     """fp32 M [L, N, r, r] for "pairwise", w [L, N, r] in order of descending s for "gram"; NaN if B is not finite."""
     lora_b, (layers, experts, _, rank) = lora_b.contiguous(), lora_b.shape
     weights = lora_b.new_empty(layers, experts, *(rank,) * (1 + (kind == "pairwise")), dtype=torch.float32)
-    plan = _plan(_C.SpectralWeights, _C.spectral_workspace, lora_b, kind)
+    plan = _layers_plan(_C.SpectralWeights, _C.spectral_workspace, lora_b, kind)
     _launch(_C.spectral_weights_cuda, plan, lora_b, weights, plan.new_workspace(lora_b))
     return weights
 
@@ -90,7 +87,7 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
         x, c = lora_b.new_empty(layers, d, width), weights.new_empty(layers, width, width)
     else:
         x, c = lora_b.new_empty(0), weights.new_empty(layers, experts, rank, rank)
-    plan = _plan(_C.SpectralPenaltyFwd, _C.spectral_workspace, lora_b, kind)
+    plan = _layers_plan(_C.SpectralPenaltyFwd, _C.spectral_workspace, lora_b, kind)
     tensors = lora_b, weights, loss, x, c, plan.new_workspace(lora_b)
     if kind == "gram" or _has_products(x):
         _launch(_C.spectral_penalty_fwd_cuda, plan, *tensors)
@@ -104,7 +101,7 @@ def spectral_penalty_fwd(lora_b: Tensor, weights: Tensor, kind: str) -> tuple[Te
 def spectral_penalty_bwd(dloss: Tensor, lora_b: Tensor, weights: Tensor, x: Tensor, c: Tensor, kind: str) -> Tensor:
     """The gradient of lora_b, in its dtype, for an fp32 scalar dloss."""
     lora_b, weights, grad = lora_b.contiguous(), weights.contiguous(), lora_b.new_empty(*lora_b.shape)
-    plan = _plan(_C.SpectralPenaltyBwd, _C.spectral_bwd_workspace, lora_b, kind)
+    plan = _layers_plan(_C.SpectralPenaltyBwd, _C.spectral_bwd_workspace, lora_b, kind)
     tensors, workspace = (lora_b, weights, x, c, dloss, grad), plan.new_workspace(lora_b)
     if kind == "gram" or _has_products(x):
         _launch(_C.spectral_penalty_bwd_cuda, plan, *tensors, None, None, workspace)

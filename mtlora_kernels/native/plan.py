@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from ..memo import Memo
 
 
 class Plan(NamedTuple):
@@ -17,6 +18,10 @@ class Plan(NamedTuple):
 
     def new_workspace(self, like: Tensor) -> Tensor | None:
         return like.new_empty(self.workspace, dtype=torch.uint8) if self.workspace else None
+
+
+# By operator and all that decides its parameters; False where inputs must be copied first.
+plans: Memo[Plan | bool] = Memo()
 
 
 def raw_stream(t: Tensor) -> int:
