@@ -45,7 +45,7 @@ def launch(
     kernels. others: contiguous, with shapes that follow from those of the inputs.
     """
     layouts = [t if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
-    key = (plan_of, E, *options, *layouts, *[t if t is None else t.dtype for t in others])
+    key = (plan_of, E, inputs[0].get_device(), *options, *layouts, *[t if t is None else t.dtype for t in others])
     plan = plans.get(key)
     if plan is None:
         plan = plans.keep(key, _fits(inputs, E) and plan_of(inputs, others, *options))

@@ -36,7 +36,7 @@ def batched_rsvd(a: Tensor, rank: int, sketch: int, power_iterations: int, seed:
 
 
 def _rsvd_plan(batch: int, a: Tensor, *settings: int) -> Plan:
-    key = (_C.Rsvd, batch, a.shape, a.stride(), a.dtype, *settings)
+    key = (_C.Rsvd, a.get_device(), batch, a.shape, a.stride(), a.dtype, *settings)
     plan = plans.get(key)
     if plan is not None:
         return plan
@@ -51,7 +51,7 @@ def _rsvd_plan(batch: int, a: Tensor, *settings: int) -> Plan:
 
 def _layers_plan(Params: type, workspace: Callable, lora_b: Tensor, kind: str) -> Plan:
     """Of Params for a contiguous lora_b [L, N, d, r], with a workspace of workspace(params) doubles."""
-    key = (Params, kind, lora_b.shape, lora_b.dtype)
+    key = (Params, lora_b.get_device(), kind, lora_b.shape, lora_b.dtype)
     plan = plans.get(key)
     if plan is not None:
         return plan

@@ -20,7 +20,7 @@ class Plan(NamedTuple):
         return like.new_empty(self.workspace, dtype=torch.uint8) if self.workspace else None
 
 
-# By operator and all that decides its parameters; False where inputs must be copied first.
+# By operator, device and all that decides the parameters; False where inputs must be copied first.
 plans: Memo[Plan | bool] = Memo()
 
 

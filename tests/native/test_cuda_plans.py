@@ -93,6 +93,16 @@ def test_another_kind_has_a_plan_of_its_own(calls, run, make, change):
 
 
 @pytest.mark.parametrize("run, make, order", ROUTED, ids=["forward", "backward"])
+def test_another_device_has_a_plan_of_its_own(calls, monkeypatch, run, make, order):
+    """Workspaces may follow from the number of multiprocessors."""
+    for device in (0, 1, 0):
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda _: device)  # noqa: B023
+        run(**make())
+    first, second, again = (parameters for parameters, _, _ in calls)
+    assert second is not first and again is first
+
+
+@pytest.mark.parametrize("run, make, order", ROUTED, ids=["forward", "backward"])
 @pytest.mark.parametrize("layout", ["offset", "transposed", "expanded", "fp32"])
 def test_what_does_not_fit_the_kernels_is_copied(calls, run, make, order, layout):
     plain = make()
