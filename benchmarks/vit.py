@@ -14,7 +14,7 @@ from .digits import TASKS, Digits
 PATCH, CLASSES = 2, 10
 PATCHES = (8 // PATCH) ** 2
 RANK, EXPERTS, GROUPS = 8, 15, 2
-PRETRAIN_STEPS, PRETRAIN_BATCH = 60, 128  # about 90 % on upright digits, in two seconds
+PRETRAIN_STEPS, PRETRAIN_WARMUP, PRETRAIN_BATCH = 60, 20, 128  # about 90 % on upright digits, in seconds
 BALANCE_COEF = 0.01  # of all adapters together, as published
 
 
@@ -106,6 +106,7 @@ def pretrained_backbone(digits: Digits, device: torch.device, size: Size = TINY)
     torch.manual_seed(0)
     backbone, head = DigitTransformer(size).to(device), nn.Linear(size.width, CLASSES).to(device)
     optimizer = torch.optim.AdamW([*backbone.parameters(), *head.parameters()], lr=size.pretrain_lr)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / PRETRAIN_WARMUP, total_iters=PRETRAIN_WARMUP)
     for _ in range(PRETRAIN_STEPS):
         chosen = torch.randint(len(digits.train_labels), (PRETRAIN_BATCH,))
         images, labels = digits.train_images[chosen].to(device), digits.train_labels[chosen].to(device)
@@ -113,4 +114,5 @@ def pretrained_backbone(digits: Digits, device: torch.device, size: Size = TINY)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        warmup.step()
     return backbone
