@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .requirements import require_tensor
 from .settle import settled
 from .validation import seed_tensor, stacked_experts, token_route_weights
 
@@ -104,6 +105,7 @@ def balance_loss(load: Tensor) -> Tensor:
     load: [N], the second output of `routed_lora` with return_load=True. The variance is unbiased, as in the
     published trainers; one expert gives 0.
     """
+    require_tensor("load", load)
     if load.dim() != 1:
         raise ValueError(f"load has shape {tuple(load.shape)}, it must be [N]")
     if load.numel() == 1:

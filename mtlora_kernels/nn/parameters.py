@@ -28,7 +28,8 @@ class RoutedParameters(RoutedMixture):
             self.register_parameter(name, parameter)
 
     def reset_parameters(self) -> None:
-        """The published initial values; see the table in `RoutedLoRA`."""
+        """The published initial values, see the table in `RoutedLoRA`; `last_load` is zero again."""
+        self.last_load.zero_()
         self.initialize(self.lora_A, self.lora_B, self.lora_route, self.expert_scales)
 
     def _published(self, prefix: str) -> dict[str, list[str]]:

@@ -203,6 +203,19 @@ def test_wrong_arguments_are_named(options, message):
         mk.nn.RoutedLoRA(**({"features": 16, "rank": 2, "num_experts": 4} | options))
 
 
+@pytest.mark.parametrize("name", ["rank", "num_experts", "features", "num_groups"])
+def test_sizes_are_ints(name):
+    with pytest.raises(TypeError, match=f"{name} is float, it must be an int"):
+        mk.nn.RoutedLoRA(**({"features": 16, "rank": 2, "num_experts": 4} | {name: 2.0}))
+
+
+def test_reset_parameters_leaves_no_load_behind():
+    module = mk.nn.RoutedLoRA(16, 2, 3, device="meta").to_empty(device="cpu")  # as FSDP2's deferred start does
+    module.last_load.fill_(torch.nan)
+    module.reset_parameters()
+    assert not module.last_load.any() and not module.lora_B.any()
+
+
 def test_linear_refuses_layers_with_another_forward():
     class Quantised(nn.Linear):
         def forward(self, x):
