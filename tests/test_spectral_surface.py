@@ -11,7 +11,8 @@ from mtlora_kernels.spectral_dispatch import SPECTRAL_IMPLS
 from mtlora_kernels.spectral_inputs import adapter_layers
 from mtlora_kernels.testing import assert_bitwise_equal
 from mtlora_kernels.testing.rows import Check
-from mtlora_kernels.testing.spectral import make_adapters, penalty_results
+from mtlora_kernels.testing.spectral_checks import penalty_results
+from mtlora_kernels.testing.spectral_inputs import make_adapters
 from mtlora_kernels.testing.spectral_run import spectral_checks
 
 OPS = torch.ops.mtlora_kernels
