@@ -7,8 +7,6 @@ from torch import Tensor
 
 from .inputs import Draw
 
-RANK_1, EQUAL, GRADED = "rank 1", "equal values", "graded"
-
 
 @dataclass
 class Matrices:
@@ -43,9 +41,9 @@ def trap_matrices(batch: int, m: int, n: int, device: torch.device | str = "cpu"
     plain, powers = draw.normal(batch, m, n), torch.linspace(0, -12, k, dtype=torch.float64, device=device)
     traps = {
         "zeros": torch.zeros_like(plain),
-        RANK_1: draw.normal(batch, m, 1) @ draw.normal(batch, 1, n),
-        EQUAL: with_spectrum(draw, batch, m, n, 3 * ones),
-        GRADED: with_spectrum(draw, batch, m, n, 10**powers),
+        "rank 1": draw.normal(batch, m, 1) @ draw.normal(batch, 1, n),
+        "equal values": with_spectrum(draw, batch, m, n, 3 * ones),
+        "graded": with_spectrum(draw, batch, m, n, 10**powers),
         "graded columns": plain * (10 ** torch.linspace(0, -12, n, device=device)),
         "1e-30": plain * 1e-30,
         "1e30": plain * 1e30,
