@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..functional import balance_loss, routed_lora
 from ..requirements import require_int
+from ..validation import MAX_WIDTH
 from .loss import add_to_loss
 
 ACTIVATIONS = {"lowrank": None, "bottleneck": "relu", "adaptformer": "relu"}  # by style
@@ -42,8 +43,12 @@ class RoutedMixture(nn.Module):
         super().__init__()
         self.in_features, self.out_features = features, features if out_features is None else out_features
         self.rank, self.num_experts = rank, num_experts
-        for name in ("in_features", "out_features", "rank", "num_experts"):
+        for name in ("in_features", "out_features"):
             require_int(name, getattr(self, name), 1)
+        for name in ("rank", "num_experts"):
+            require_int(name, getattr(self, name), 1, MAX_WIDTH)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, it must be in [0, 1)")
         if style not in ACTIVATIONS:
             raise ValueError(f"style is {style!r}, it must be one of {tuple(ACTIVATIONS)}")
         self.num_groups = self._groups(num_groups, group_size)

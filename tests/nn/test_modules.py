@@ -191,6 +191,9 @@ def test_repr_shows_the_settings():
     [
         ({"rank": 0}, "rank is 0"),
         ({"num_experts": 0}, "num_experts is 0"),
+        ({"rank": 129}, r"rank is 129, it must be in \[1, 128\]"),
+        ({"num_experts": 129}, r"num_experts is 129, it must be in \[1, 128\]"),
+        ({"dropout": 1.0}, r"dropout is 1.0, it must be in \[0, 1\)"),
         ({"style": "moe"}, "style is 'moe'"),
         ({"num_groups": 5}, "num_groups is 5"),
         ({"num_groups": 0}, "num_groups is 0"),
