@@ -43,8 +43,8 @@ class RoutedMixture(nn.Module):
         super().__init__()
         self.in_features, self.out_features = features, features if out_features is None else out_features
         self.rank, self.num_experts = rank, num_experts
-        for name in ("in_features", "out_features"):
-            require_int(name, getattr(self, name), 1)
+        for name, value in (("features", features), ("out_features", self.out_features)):
+            require_int(name, value, 1)
         for name in ("rank", "num_experts"):
             require_int(name, getattr(self, name), 1, MAX_WIDTH)
         if not 0 <= dropout < 1:
