@@ -1,6 +1,5 @@
 """What the spectral functions accept, brought into the shapes of their operators."""
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +12,6 @@ MAX_WIDTH = 64  # of the matrices whose eigenvalues are computed: rank + oversam
 MAX_SHORT_SIDE = 256
 KINDS = ("pairwise", "gram")
 
-_is_lora_b = re.compile("lora_B[0-9]*").fullmatch
 Layers = Tensor | Sequence[Tensor | Sequence[Tensor]] | nn.Module
 
 
@@ -45,6 +43,10 @@ def sketch_size(matrices: Tensor, rank: int, oversampling: int, power_iterations
     if sketch > MAX_WIDTH:
         raise ValueError(f"min(rank + oversampling, m, n) is {sketch}, it must be at most {MAX_WIDTH}")
     return sketch
+
+
+def _is_lora_b(name: str) -> bool:
+    return name == "lora_B" or (name[:6] == "lora_B" and name[6:].isdigit())
 
 
 def _find_experts(owner: nn.Module, found: dict[int, tuple[nn.Module, str, Tensor]], seen: set[nn.Module]) -> None:
