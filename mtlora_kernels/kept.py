@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from . import beside
+
 PLAIN = (Tensor, nn.Parameter)
 SMALLER = 8  # than x: h and pi are held past the checkpoint, which is there to save memory, only where they are small
 
@@ -29,8 +31,10 @@ class _Keep(torch.autograd.Function):
 
 def keep(x: object) -> object:
     """x for the block and for a call of `routed_lora` on it, which need not save it again."""
-    if not isinstance(x, Tensor) or not (torch.is_grad_enabled() and x.requires_grad):
+    if not isinstance(x, Tensor):
         return x
+    if not (torch.is_grad_enabled() and x.requires_grad):
+        return x if torch.is_grad_enabled() or torch.compiler.is_compiling() else beside.marked(x)
     # Not the same x either: the gradients of the block and its adapters add up in the same order, with the same bits.
     apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.view_as(x) if apart or type(x) not in PLAIN else _Keep.apply(x)
@@ -38,7 +42,8 @@ def keep(x: object) -> object:
 
 def keep_input(block: nn.Module) -> RemovableHandle:
     """Let block save its input for an adapter on it, which then saves nothing after it: a checkpoint that is not
-    reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it.
+    reentrant reruns neither it nor the block's last layer. In a CUDA graph without gradients the adapter then runs
+    beside the block. `add_block_adapter` does it.
 
     The input comes first or as hidden_states=. The first `routed_lora` on it that holds little makes use of this, any
     other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises. Removing the

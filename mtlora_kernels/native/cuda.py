@@ -51,10 +51,13 @@ def routed_lora_fwd(
     compute_dtype: torch.dtype,
     accumulate_into_residual: bool,
     return_load: bool,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
+    """The signature and returns of `reference.routed_lora.routed_lora_fwd`. wide: out in fp32, not rounded, of numerics
+    "fp32" without a residual; for few tokens."""
     tokens, (experts, d_out, rank) = x.shape[0], lora_b.shape
-    out, h = x.new_empty(tokens, d_out), x.new_empty(tokens, rank)  # every dtype is x's, see limits.py
+    # Every other dtype is x's, see limits.py.
+    out, h = x.new_empty(tokens, d_out, dtype=torch.float32 if wide else x.dtype), x.new_empty(tokens, rank)
     if route_weights is not None:
         pi = route_weights.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     else:
@@ -77,12 +80,12 @@ _plans: Memo[_C.RoutedLoraFwd | bool] = Memo()
 def _launch(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], options: tuple) -> None:
     addresses = [0 if t is None else t.data_ptr() for t in (*inputs, *outputs)]
     layouts = [t if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
-    key = (*options, *layouts, outputs[2].shape, outputs[3] is None)
+    key = (*options, *layouts, outputs[0].dtype, outputs[2].shape, outputs[3] is None)
     plan = _plans.get(key)
     if plan is None:
         plan = _plans.keep(key, _plan(inputs, outputs, *options))
     if plan is False or reduce(or_, addresses) % 16:
-        E = outputs[0].dtype
+        E = outputs[1].dtype
         _launch((*map(copyable, inputs[:2]), *(packed(w, E) for w in inputs[2:])), outputs, options)
     else:
         _C.routed_lora_fwd_cuda(plan, torch._C._cuda_getCurrentRawStream(inputs[0].get_device()), addresses)
@@ -94,12 +97,12 @@ def _plan(
 ) -> _C.RoutedLoraFwd | bool:  # fmt: skip
     (x, residual, *weights), (out, h, pi, load, _) = inputs, outputs
     rows_fit = all(t is None or _rows_fit(t) for t in (x, residual))
-    if not rows_fit or not all(w is None or (w.dtype == out.dtype and w.is_contiguous()) for w in weights):
+    if not rows_fit or not all(w is None or (w.dtype == h.dtype and w.is_contiguous()) for w in weights):
         return False
     params = _C.RoutedLoraFwd()
     set_common(params, x, *weights, None, h, pi, scaling, activation, 0.0)
     set_fields(
         params, eager=eager, accumulate_into_residual=eager and accumulate_into_residual,
-        scaling_exact=eager and is_representable(scaling, out.dtype), residual=residual, out=out, load=load,
+        scaling_exact=eager and is_representable(scaling, h.dtype), residual=residual, out=out, load=load,
     )  # fmt: skip
     return params
