@@ -1,14 +1,14 @@
 """In a CUDA graph a block adapter's mixture runs beside its block instead of after it.
 
-The mixture needs the block's input alone. Under capture without gradients `keep` marks that input with an event, and
-the adapter's call, which comes after the block, lets its kernels wait for that event only, on a stream of their own;
-one addition to the block's output is what remains after the block. A graph has edges and no order of launches, so the
-one call forks and joins: no stream is left apart, whatever the block does. Eager kernels would start too late for it.
+The mixture needs the block's input and the adapter's parameters. Under capture without gradients a mark in the stream
+says since when these are there, and the adapter's call, which comes after the block, lets its kernels wait for the mark
+only, on a stream of their own; one addition to the block's output is left for after the block. A graph has edges and no
+order of launches, so the one call forks and joins: no stream is left apart, whatever the block does. Eager kernels,
+launched after those of the block, would start after them.
 """
 
 import threading
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,40 @@ MOST_TOKENS = 64  # more would take multiprocessors from the block, and what the
 MARK = "mtlora_kernels_mark"
 
 
-class Mark(NamedTuple):
-    """There the block's input was written; version tells whether the block has changed it since."""
+class Mark:
+    """Where a block's input and its parameters were there, and in which state."""
 
-    event: torch.cuda.Event
-    version: int
+    def __init__(self, x: Tensor, block: nn.Module) -> None:
+        self.event = torch.cuda.current_stream(x.device).record_event()
+        there = (_owner(x), *block.parameters())
+        self.states = {t: _state(t) for t in there if type(t) in (Tensor, nn.Parameter) and not t.is_inference()}
+
+    def covers(self, t: Tensor) -> bool:
+        """Whether t is one of them, or a view of one, and in that state."""
+        return _owner(t) in self.states and self.states[_owner(t)] == _state(_owner(t))
 
 
-def marked(x: Tensor) -> Tensor:
-    """x for a block and the adapter after it: its alias with a mark, where a stream is captured without gradients."""
-    # Changes of an inference tensor leave no trace.
-    if not x.is_cuda or type(x) is not Tensor or x.is_inference() or not torch.cuda.is_current_stream_capturing():
+def _captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _owner(t: Tensor) -> Tensor:
+    return t._base if t._is_view() else t
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), t._version
+
+
+def marked(x: object, block: nn.Module) -> object:
+    """x for a block and the adapter in it: a view with a mark, where a stream is captured without gradients."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not _captured(x):
         return x
-    alias = x.detach()
-    setattr(alias, MARK, Mark(torch.cuda.current_stream(x.device).record_event(), x._version))
-    return alias
+    if x.requires_grad or x.is_inference():  # the block may ask for gradients; changes would leave no trace
+        return x
+    view = x.view_as(x)
+    setattr(view, MARK, Mark(x, block))
+    return view
 
 
 def serves(given: Tensor, inputs: tuple) -> bool:
@@ -42,20 +61,14 @@ def serves(given: Tensor, inputs: tuple) -> bool:
     mark = getattr(given, MARK, None)
     if mark is None or inputs[16] != IMPL or not 0 < inputs[0].shape[0] <= MOST_TOKENS:
         return False
-    x, *weights, route_weights, _, expert_scale = inputs[:7]
+    x, lora_a, lora_b, router, route_weights, _, expert_scale = inputs[:7]
     accumulates, returns_load = inputs[14:16]
     return (
-        mark.version == given._version
-        and x.data_ptr() == given.data_ptr()  # not a copy, made just now
+        not (accumulates or returns_load)
         and route_weights is None
-        and not (accumulates or returns_load)
-        and all(_is_parameter(w) for w in (*weights, expert_scale) if w is not None)
-        and torch.cuda.is_current_stream_capturing()
+        and all(mark.covers(t) for t in (x, lora_a, lora_b, router, expert_scale) if t is not None)
+        and _captured(x)
     )
-
-
-def _is_parameter(w: Tensor) -> bool:
-    return isinstance(w._base if w._is_view() else w, nn.Parameter)
 
 
 def routed_lora(given: Tensor, inputs: tuple) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from . import beside
+from .beside import marked
 
 PLAIN = (Tensor, nn.Parameter)
 SMALLER = 8  # than x: h and pi are held past the checkpoint, which is there to save memory, only where they are small
@@ -31,10 +31,8 @@ class _Keep(torch.autograd.Function):
 
 def keep(x: object) -> object:
     """x for the block and for a call of `routed_lora` on it, which need not save it again."""
-    if not isinstance(x, Tensor):
+    if not isinstance(x, Tensor) or not (torch.is_grad_enabled() and x.requires_grad):
         return x
-    if not (torch.is_grad_enabled() and x.requires_grad):
-        return x if torch.is_grad_enabled() or torch.compiler.is_compiling() else beside.marked(x)
     # Not the same x either: the gradients of the block and its adapters add up in the same order, with the same bits.
     apart = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     return x.view_as(x) if apart or type(x) not in PLAIN else _Keep.apply(x)
@@ -42,8 +40,8 @@ def keep(x: object) -> object:
 
 def keep_input(block: nn.Module) -> RemovableHandle:
     """Let block save its input for an adapter on it, which then saves nothing after it: a checkpoint that is not
-    reentrant reruns neither it nor the block's last layer. In a CUDA graph without gradients the adapter then runs
-    beside the block. `add_block_adapter` does it.
+    reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it. In a CUDA graph without
+    gradients, an adapter that is a child of block then runs beside it (`beside`).
 
     The input comes first or as hidden_states=. The first `routed_lora` on it that holds little makes use of this, any
     other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises. Removing the
@@ -54,8 +52,10 @@ def keep_input(block: nn.Module) -> RemovableHandle:
 
 def _keep_input(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     if args:
-        return (keep(args[0]), *args[1:]), kwargs
-    return (args, kwargs | {"hidden_states": keep(kwargs["hidden_states"])}) if "hidden_states" in kwargs else None
+        return (marked(keep(args[0]), block), *args[1:]), kwargs
+    if "hidden_states" in kwargs:
+        return args, kwargs | {"hidden_states": marked(keep(kwargs["hidden_states"]), block)}
+    return None
 
 
 def keeper_of(x: Tensor) -> object | None:

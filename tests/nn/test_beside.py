@@ -1,6 +1,7 @@
 """An adapter beside its block in a CUDA graph: which calls run there, and with the same bits."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -54,14 +55,10 @@ def calls(monkeypatch):
 def capture(monkeypatch):
     """A CPU that takes every call without gradients for part of a CUDA graph."""
 
-    def marked(x):
-        alias = x.detach()
-        setattr(alias, beside.MARK, beside.Mark(None, x._version))
-        return alias
-
+    stream = types.SimpleNamespace(record_event=lambda: None)
     monkeypatch.setattr(beside, "IMPL", "reference")
-    monkeypatch.setattr(beside, "marked", marked)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(beside, "_captured", lambda x: True)
 
 
 @pytest.mark.usefixtures("capture")
@@ -82,7 +79,7 @@ def test_adapters_that_run_beside_their_block(calls, options, beside_it):
     block = adapted(Block(), **{"impl": "reference"} | options)
     x = torch.randn(3, 5, WIDTH)
     expected = block.block_adapter(x, Block.forward(block, x))
-    block(x.requires_grad_())
+    block(x.clone().requires_grad_())
     assert not calls
     with torch.no_grad():
         for call in (block(x), block(hidden_states=x), copy.deepcopy(block)(x)):
@@ -93,34 +90,47 @@ def test_adapters_that_run_beside_their_block(calls, options, beside_it):
 @pytest.mark.usefixtures("capture")
 @torch.no_grad()
 def test_what_was_not_there_before_the_block_is_waited_for(calls):
-    adapter = adapted(Block()).block_adapter
+    block = adapted(Block())
+    adapter, out = block.block_adapter, torch.randn(2, 5, WIDTH)
     a, b, router = adapter.lora_A, adapter.lora_B, adapter.lora_route
-    x, out = torch.randn(2, 5, WIDTH), torch.randn(2, 5, WIDTH)
+    x = torch.randn(2, 5, WIDTH)
 
     def call(x, *weights, residual=out, **options):
         calls.clear()
         mk.routed_lora(x, *weights, residual=residual, **{"impl": "reference"} | options)
         return bool(calls)
 
-    assert call(beside.marked(x), a, b, router) and call(beside.marked(x), a.view_as(a), b, router, residual=None)
+    def marked(x=x):
+        return beside.marked(x, block)
+
+    assert call(marked(), a, b, router) and call(marked(x.mT.contiguous().mT.contiguous()), a, b, router)
+    assert call(marked(torch.randn(5, 2, WIDTH)[:, 1]), a.view_as(a), b, router, residual=None)
     assert not call(x, a, b, router)
-    assert not call(beside.marked(x), a * 1, b, router)
-    assert not call(beside.marked(x), a, list(b), router)
-    assert not call(beside.marked(x), a, b, route_weights=torch.ones(2, 5, 1, SIZES[1]))
-    assert not call(beside.marked(x), a, b, router, numerics="eager", accumulate_into_residual=True)
-    assert not call(beside.marked(x.mT.contiguous().mT), a, b, router)  # no view of it has [tokens, features]
-    assert not call(beside.marked(torch.randn(beside.MOST_TOKENS + 1, WIDTH)), a, b, router, residual=None)
-    assert not call(beside.marked(x[:0]), a, b, router, residual=out[:0])
-    changed = beside.marked(x)
-    x.add_(1)
-    assert not call(changed, a, b, router)
+    assert not call(marked(), a * 1, b, router)
+    assert not call(marked(), nn.Parameter(a.clone()), b, router)
+    assert not call(marked(), a, list(b), router)
+    assert not call(marked(), a, b, route_weights=torch.ones(2, 5, 1, SIZES[1]))
+    assert not call(marked(), a, b, router, numerics="eager", accumulate_into_residual=True)
+    assert not call(marked(x.mT.contiguous().mT), a, b, router)  # its rows have to be copied
+    assert not call(marked(torch.randn(beside.MOST_TOKENS + 1, WIDTH)), a, b, router, residual=None)
+    assert not call(marked(x[:0]), a, b, router, residual=out[:0])
+    for changed in (x, a, b, router):
+        given = marked()
+        changed.add_(1)
+        assert not call(given, a, b, router)
+
+
+@pytest.mark.usefixtures("capture")
+def test_a_block_may_ask_for_gradients():
+    block, x = adapted(Block()), torch.randn(5, WIDTH, requires_grad=True)
+    with torch.no_grad():
+        assert beside.marked(x, block) is x
 
 
 def test_nothing_is_marked_outside_a_graph():
-    x = torch.randn(5, WIDTH)
+    block, x = adapted(Block()), torch.randn(5, WIDTH)
     with torch.no_grad():
-        assert beside.marked(x) is x
-    block = adapted(Block())
+        assert beside.marked(x, block) is x
     with torch.inference_mode():
         assert torch.equal(block(x), block.block_adapter(x, Block.forward(block, x)))
 
