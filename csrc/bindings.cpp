@@ -70,6 +70,12 @@ void routed_lora_fwd_cuda(const RoutedLoraFwd& plan, uintptr_t stream, const std
     f.workspace = pointer<float>(addresses.back());
     cuda::routed_lora_fwd(f);
 }
+
+void routed_lora_add_cuda(const View& residual, const View& mixture, const View& out, const py::tuple& shape,
+                          uintptr_t stream) {
+    cuda::routed_lora_add(residual, mixture, out, shape[0].cast<int64_t>(), shape[1].cast<int64_t>(),
+                          pointer<void>(stream));
+}
 #endif
 
 }  // namespace
@@ -181,6 +187,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("spectral_penalty_bwd_cpu", &cpu::spectral_penalty_bwd, py::call_guard<py::gil_scoped_release>());
 #ifdef MTLORA_CUDA
     m.def("routed_lora_fwd_cuda", &routed_lora_fwd_cuda);
+    m.def("routed_lora_add_cuda", &routed_lora_add_cuda);
     m.def("routed_lora_bwd_cuda", &cuda::routed_lora_bwd);
     m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);

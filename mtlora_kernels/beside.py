@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .device import on_device
+from .dispatch import load_module
 
 IMPL = "cuda"  # the kernels that can leave the sum in fp32
 MOST_TOKENS = 64  # more would take multiprocessors from the block, and what they compute stays in the graph's pool
@@ -75,15 +77,18 @@ def routed_lora(given: Tensor, inputs: tuple) -> Tensor:
     """out of a call that `serves`, with the bits of the operator."""
     residual, numerics = inputs[5], inputs[10]
     main, side = torch.cuda.current_stream(given.device), _side(given.device, threading.get_ident())
+    wide = residual is not None and numerics == "fp32"  # which rounds once, after the addition
     side.wait_event(getattr(given, MARK).event)
     try:
         with torch.cuda.stream(side):
-            wide = residual is not None and numerics == "fp32"  # rounded once, after the addition
             mixture = ops.run_forward(*inputs[:5], None, *inputs[6:], wide=wide)[0]
     finally:
         main.wait_stream(side)  # also after an error: a capture must not end with a stream apart
     mixture.record_stream(main)  # not written again within this graph: another mark may be older than its last use
-    return mixture if residual is None else torch.add(residual, mixture, out=residual.new_empty(residual.shape))
+    if not wide:
+        return mixture if residual is None else residual + mixture
+    with on_device(residual):
+        return load_module("native.cuda").add(residual, mixture)
 
 
 @cache

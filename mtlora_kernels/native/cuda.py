@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import _C
 from ..memo import Memo
 from ..reference.routed_lora import is_representable
-from .params import set_common, set_fields
+from .params import set_common, set_fields, view
 
 
 def _rows_fit(t: Tensor) -> bool:
@@ -71,6 +71,15 @@ def routed_lora_fwd(
         (scaling, activation, numerics == "eager", accumulate_into_residual),
     )  # fmt: skip
     return out, load, h, pi
+
+
+def add(residual: Tensor, mixture: Tensor) -> Tensor:
+    """residual [T, d_out] plus a `wide` mixture, rounded once. torch.add of two dtypes takes 3.7 us for one token, this
+    1.2."""
+    residual, out = copyable(residual), residual.new_empty(residual.shape)
+    stream = torch._C._cuda_getCurrentRawStream(out.get_device())
+    _C.routed_lora_add_cuda(view(residual), view(mixture), view(out), out.shape, stream)
+    return out
 
 
 # By sizes, strides and options: all parameters but stream and addresses, or False where inputs must be copied first.
