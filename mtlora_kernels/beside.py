@@ -47,9 +47,13 @@ def _state(t: Tensor) -> tuple[int, int]:
     return t.data_ptr(), t._version
 
 
-def marked(x: object, block: nn.Module) -> object:
-    """x for a block and the adapter in it: a view with a mark, where a stream is captured without gradients."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or not _captured(x):
+def mark_input(x: object, block: nn.Module) -> object:
+    """x for block and for `routed_lora` with parameters of block, which then, in a CUDA graph captured without
+    gradients, does not wait for what runs between this call and its own. `keep_input` does it.
+
+    For forwards of layers that have an adapter: ``x = mark_input(x, self)`` before the layer's own products.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not _captured(x):
         return x
     if x.requires_grad or x.is_inference():  # the block may ask for gradients; changes would leave no trace
         return x

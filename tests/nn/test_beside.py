@@ -101,7 +101,7 @@ def test_what_was_not_there_before_the_block_is_waited_for(calls):
         return bool(calls)
 
     def marked(x=x):
-        return beside.marked(x, block)
+        return beside.mark_input(x, block)
 
     assert call(marked(), a, b, router) and call(marked(x.mT.contiguous().mT.contiguous()), a, b, router)
     assert call(marked(torch.randn(5, 2, WIDTH)[:, 1]), a.view_as(a), b, router, residual=None)
@@ -124,13 +124,23 @@ def test_what_was_not_there_before_the_block_is_waited_for(calls):
 def test_a_block_may_ask_for_gradients():
     block, x = adapted(Block()), torch.randn(5, WIDTH, requires_grad=True)
     with torch.no_grad():
-        assert beside.marked(x, block) is x
+        assert beside.mark_input(x, block) is x
+
+
+@pytest.mark.usefixtures("capture")
+@pytest.mark.parametrize("numerics", ["fp32", "eager"])
+@torch.no_grad()
+def test_a_linear_layer(calls, numerics):
+    """The published order of sums starts at the layer's own output."""
+    options = {"numerics": numerics, "impl": "reference"}
+    layer, x = mk.nn.RoutedLoRALinear(nn.Linear(WIDTH, 32), *SIZES, **options), torch.randn(5, WIDTH)
+    assert layer(x).shape == (5, 32) and len(calls) == (numerics == "fp32")
 
 
 def test_nothing_is_marked_outside_a_graph():
     block, x = adapted(Block()), torch.randn(5, WIDTH)
     with torch.no_grad():
-        assert beside.marked(x, block) is x
+        assert beside.mark_input(x, block) is x
     with torch.inference_mode():
         assert torch.equal(block(x), block.block_adapter(x, Block.forward(block, x)))
 
@@ -208,6 +218,15 @@ class TestOnHopper:
         xs = torch.randn(3, 4, 512, device="cuda", dtype=torch.bfloat16)
         replay = captured(linear, xs[0])
         assert len(calls) == 1 and all(torch.equal(replay(x), linear(x)) for x in xs)
+
+    @pytest.mark.parametrize("leading", [(), (3,), (2, 3)])
+    def test_a_linear_layer(self, calls, leading):
+        make = {"device": "cuda", "dtype": torch.bfloat16}
+        layer = mk.nn.RoutedLoRALinear(nn.Linear(512, 768, **make), 16, 8, num_groups=4, **make)
+        nn.init.normal_(layer.lora_B)
+        xs = torch.randn(3, *leading, 512, **make)
+        replay = captured(layer, xs[0])
+        assert len(calls) == 1 and all(torch.equal(replay(x), layer(x)) for x in xs)
 
     def test_a_block_that_changes_its_input_comes_first(self, calls):
         make = {"device": "cuda", "dtype": torch.bfloat16}
