@@ -18,7 +18,7 @@ from .device import on_device
 from .dispatch import load_module
 
 IMPL = "cuda"  # the kernels that can leave the sum in fp32
-MOST_TOKENS = 64  # more would take multiprocessors from the block, and what they compute stays in the graph's pool
+MOST_TOKENS = 16  # LLaMA-2-7B with 32 block adapters decodes 1.8 % faster for 1 token, 1.4 % for 16, 0.1 % for 32
 MARK = "mtlora_kernels_mark"
 
 
@@ -97,6 +97,5 @@ def routed_lora(given: Tensor, inputs: tuple) -> Tensor:
 
 @cache
 def _side(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One for each thread, as one capture cannot use the stream of another. First where a multiprocessor is free: its
-    kernels are small."""
-    return torch.cuda.Stream(device, priority=-1)
+    """One for each thread, as one capture cannot use the stream of another."""
+    return torch.cuda.Stream(device)
