@@ -89,8 +89,10 @@ def routed_lora(given: Tensor, inputs: tuple) -> Tensor:
     finally:
         main.wait_stream(side)  # also after an error: a capture must not end with a stream apart
     mixture.record_stream(main)  # not written again within this graph: another mark may be older than its last use
+    if residual is None:
+        return mixture
     if not wide:
-        return mixture if residual is None else residual + mixture
+        return torch.add(residual, mixture, out=residual.new_empty(residual.shape))  # contiguous
     with on_device(residual):
         return load_module("native.cuda").add(residual, mixture)
 
