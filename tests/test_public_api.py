@@ -58,6 +58,8 @@ def test_signature_of_routed_lora():
 )  # fmt: skip
 def test_operators(name):
     assert {str(op) for op in getattr(torch.ops.mtlora_kernels, name).overloads()} == {"default"}
+    for device in ("CPU", "CUDA", "MPS", "XPU"):  # the reference runs on any
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"mtlora_kernels::{name}", device)
 
 
 def test_available_impls():
