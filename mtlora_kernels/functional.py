@@ -1,6 +1,7 @@
 """Public functions: validate, flatten to tokens, choose the implementation, call the operator."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -9,6 +10,39 @@ from . import eager
 from .requirements import require_tensor
 from .settle import settled
 from .validation import seed_tensor, stacked_experts, token_route_weights
+
+
+@overload
+def routed_lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor | Sequence[Tensor], router: Tensor | None = ...,
+    residual: Tensor | None = ..., *, scaling: float = ..., num_groups: int = ..., numerics: str = ...,
+    activation: str | None = ..., expert_scale: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., route_weights: Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., accumulate_into_residual: bool = ..., return_load: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def routed_lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor | Sequence[Tensor], router: Tensor | None = ...,
+    residual: Tensor | None = ..., *, scaling: float = ..., num_groups: int = ..., numerics: str = ...,
+    activation: str | None = ..., expert_scale: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., route_weights: Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., accumulate_into_residual: bool = ..., return_load: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def routed_lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor | Sequence[Tensor], router: Tensor | None = ...,
+    residual: Tensor | None = ..., *, scaling: float = ..., num_groups: int = ..., numerics: str = ...,
+    activation: str | None = ..., expert_scale: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., route_weights: Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., accumulate_into_residual: bool = ..., return_load: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def routed_lora(
