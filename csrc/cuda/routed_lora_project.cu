@@ -1,9 +1,9 @@
 // project: h = E(act(x A^T)) and pi = E(softmax(E(x R^T))), x read once per block of router columns.
 //
 // A tile is 8, 64 or 128 tokens and up to `RC` router columns (whole groups); one warp copies it 64 features at a time
-// by TMA, one or two warpgroups multiply. Their logits then go to shared memory, and a thread turns those of one token
-// and group at a time into pi: a short loop, because instructions that run once cost more than what they compute. A
-// block of many wide tiles keeps its columns, and the next tile arrives meanwhile.
+// by TMA, one or two warpgroups multiply. The logits go to shared memory, and a thread turns those of one token and
+// group at a time into pi: a short loop, because instructions that run once cost more than what they compute. Up to 200
+// wide columns leave registers for warps of their own to do that, beside the products of the next tile.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -22,16 +22,19 @@ namespace {
 
 constexpr int kDepth = 64;  // features of a slab of a tile: 128 bytes, one swizzled row
 
+// Of blocks that go from tile to tile: warps beside eight for the products and one for the copies, and what registers a
+// thread of either then has, of 128 at the start.
+constexpr int kSoftmaxWarps = 7, kProductRegisters = 168, kSoftmaxRegisters = 88;
+
 struct ProjectArgs {
     CUtensorMap x, lora_a, router;
     void *h, *pi;
     int tokens, steps, experts, groups;
     int tile_groups;          // of a block's columns
     int stages, stage_bytes;  // a stage is one step's slabs of x, then of the router, then of A
-    int logits_at;            // behind the stages, or 0: in their place
-    int tile_bytes;           // stages and logits
-    int token_tiles;
-    int x_rows;  // tokens of a block; 8 repeat down the 64 rows of a product
+    int tile_bytes;           // all stages, or the logits that take their place
+    int tiles, columns;       // streams: pairs of tiles, and how many of them are side by side
+    int x_rows;               // tokens of a block; 8 repeat down the 64 rows of a product
     bool relu, has_router;
     bool split;  // block 0 of the columns computes h alone
 };
@@ -45,7 +48,9 @@ struct ProjectTile {
     static constexpr int kCluster = kWide ? 2 : 1;
     static constexpr int kRows = 64 * kWarpgroups;
     static constexpr int kProductWarps = 4 * kWarpgroups;
-    static constexpr int kThreads = 32 * (kProductWarps + 2);
+    // Blocks go from tile to tile, and more warps turn logits into pi; 256 columns leave no registers for that.
+    static constexpr bool kStreams = kWide && RC <= 200;
+    static constexpr int kThreads = 32 * (kProductWarps + (kStreams ? kSoftmaxWarps + 1 : 2));
     static constexpr int kSlabs = RC <= 32 ? 4 : 1;  // at most, of a stage
     static constexpr int kABytes = R * 128, kRouterBytes = RC * 128;
     // Of the router's columns from each block of a cluster, in eights; 8 of 200 come from both.
@@ -54,30 +59,32 @@ struct ProjectTile {
     static constexpr int kPitch = RC * 2 + (RC % 16 ? 0 : 16);
 };
 
-// `elements` of each of a warp's rows to global memory, rows side by side where one is less than a warp stores.
+// `elements` of each of `rows` rows to global memory by a warp of several, rows side by side where one is less than a
+// warp stores.
 template <class Unit, class E, int RC, int pitch>
-__device__ void copy_rows(E* to, int64_t stride, const char* from, int rows, int elements) {
+__device__ void copy_rows(E* to, int64_t stride, const char* from, int rows, int elements, int warp, int warps) {
     constexpr int kUnits = RC * int(sizeof(E)) / int(sizeof(Unit)), kLanes = kUnits < 32 ? kUnits : 32;
     constexpr int kRows = 32 / kLanes, kUnroll = kRows > 2 ? 16 / kRows : 8;
     const int lane = threadIdx.x % 32, units = elements * int(sizeof(E)) / int(sizeof(Unit));
-    if (lane >= kRows * kLanes) return;
+    if (lane / kLanes >= kRows) return;
     for (int unit = lane % kLanes; unit < units; unit += kLanes) {
 #pragma unroll kUnroll
-        for (int row = lane / kLanes; row < rows; row += kRows)
+        for (int row = warp * kRows + lane / kLanes; row < rows; row += warps * kRows)
             reinterpret_cast<Unit*>(to + row * stride)[unit] = reinterpret_cast<const Unit*>(from + row * pitch)[unit];
     }
 }
 
-// pi of a warp's `tokens` tokens from `token` on and the groups from first_group on, which lies in `rows`.
+// pi of `tokens` tokens from `token` on and the groups from first_group on, which lies in `rows`, to its place.
 template <class E, int RC, int pitch>
-__device__ void write_pi(const ProjectArgs& p, const char* rows, int token, int tokens, int first_group) {
+__device__ void write_pi(const ProjectArgs& p, const char* rows, int token, int tokens, int first_group, int warp,
+                         int warps) {
     const int elements = min(p.groups - first_group, p.tile_groups) * p.experts;
     const int64_t stride = int64_t(p.groups) * p.experts;
     E* const pi = static_cast<E*>(p.pi) + token * stride + first_group * p.experts;
     if (stride % 8 == 0 && p.tile_groups * p.experts % 8 == 0)
-        copy_rows<uint4, E, RC, pitch>(pi, stride, rows, tokens, elements);
+        copy_rows<uint4, E, RC, pitch>(pi, stride, rows, tokens, elements, warp, warps);
     else
-        copy_rows<E, E, RC, pitch>(pi, stride, rows, tokens, elements);
+        copy_rows<E, E, RC, pitch>(pi, stride, rows, tokens, elements, warp, warps);
 }
 
 // h of a warp's 16 tokens: in pairs of columns, rows lane / 4 and lane / 4 + 8 in turn.
@@ -170,7 +177,104 @@ __device__ void multiply(const ProjectArgs& p, const char* tiles, uint64_t* full
     pin(logits);
 }
 
-// A block keeps its columns and goes from one tile of tokens to the next.
+// Pairs of blocks that go from tile to tile.
+template <class E, int R, int RC>
+__global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(ProjectTile<R, RC>::kThreads, 1)
+    project_stream_kernel(const __grid_constant__ ProjectArgs p) {
+    using Tile = ProjectTile<R, RC>;
+    constexpr int kWarps = Tile::kProductWarps;
+    extern __shared__ char raw[];
+    char* const tiles = raw + (1024 - smem_address(raw) % 1024) % 1024;
+    char* const logits_at = tiles + p.stages * p.stage_bytes;
+    uint64_t* const full = reinterpret_cast<uint64_t*>(logits_at + Tile::kRows * Tile::kPitch);
+    uint64_t* const empty = full + p.stages;
+    uint64_t* const logits_full = empty + p.stages;
+    uint64_t* const logits_empty = logits_full + 1;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+    if (int(threadIdx.x) < p.stages) {
+        barrier_init(full + threadIdx.x, 1);
+        barrier_init(empty + threadIdx.x, kWarps * 2);
+    }
+    if (threadIdx.x == 0) {
+        barrier_init(logits_full, kWarps);
+        barrier_init(logits_empty, kSoftmaxWarps);
+    }
+    barrier_init_fence();
+    cluster_meet();
+    launch_dependents();
+
+    // Columns take turns, so that those with h are spread over the blocks.
+    const int pairs = int(gridDim.x) / 2;
+    const auto each_tile = [&](auto run) {
+        for (int tile = int(blockIdx.x) / 2; tile < p.tiles; tile += pairs) {
+            const int row = tile / p.columns, column = (tile + row * p.columns / pairs) % p.columns;
+            run((2 * row + int(cluster_rank())) * Tile::kRows, column, column == 0);
+        }
+    };
+
+    if (warp == kWarps + kSoftmaxWarps) {
+        shrink_registers<kSoftmaxRegisters>();
+        if (lane > 0) return;
+        Ring ring{0, 1};  // the opposite from the start, so that waits read it as it is
+        const int from = int(cluster_rank()) * (RC - Tile::kHalf);  // half of the columns to both blocks
+        each_tile([&](int token, int column, bool has_h) {
+            const int a_bytes = has_h ? Tile::kABytes : 0, row = column * p.tile_groups * p.experts;
+            for (int step = 0; step < p.steps; ++step) {
+                char* const tile = tiles + ring.stage * p.stage_bytes;
+                barrier_wait(empty + ring.stage, ring.parity);
+                barrier_expect(full + ring.stage, Tile::kRows * 128 + a_bytes + 2 * Tile::kHalf * 128);
+                tma_load(tile, &p.x, full + ring.stage, step * kDepth, token, 0);
+                char* const router = tile + Tile::kRows * 128;
+                tma_load_multicast(router + from * 128, &p.router, full + ring.stage, 3, step * kDepth, row + from, 0);
+                if (has_h) {
+                    tma_load(router + Tile::kRouterBytes, &p.lora_a, full + ring.stage, step * kDepth, 0, 0);
+                }
+                ring.advance(p.stages);
+            }
+        });
+        return;
+    }
+
+    if (warp < kWarps) {
+        grow_registers<kProductRegisters>();
+        char* const rows = logits_at + warp * 16 * Tile::kPitch;
+        Ring ring;
+        uint32_t parity = 1;
+        int left = p.steps * ((p.tiles - int(blockIdx.x) / 2 + pairs - 1) / pairs);
+        each_tile([&](int tile_token, int column, bool has_h) {
+            const int token = tile_token + warp * 16;
+            float h[R / 2] = {}, logits[RC / 2] = {};
+            if (has_h) {
+                multiply<E, R, RC, 1, true, true>(p, tiles, full, empty, ring, left, h, logits);
+                write_h<E, R>(p, h, token, p.tokens - token);
+            } else {
+                multiply<E, R, RC, 1, false, true>(p, tiles, full, empty, ring, left, h, logits);
+            }
+            left -= p.steps;
+            barrier_wait(logits_empty, parity);
+            write_logits<E, Tile::kPitch>(rows, logits);
+            if (lane == 0) barrier_arrive(logits_full);
+            parity ^= 1;
+        });
+    } else {
+        shrink_registers<kSoftmaxRegisters>();
+        const int self = warp - kWarps;
+        uint32_t parity = 0;
+        each_tile([&](int token, int column, bool) {
+            const int first_group = column * p.tile_groups, groups = min(p.groups - first_group, p.tile_groups);
+            barrier_wait(logits_full, parity);
+            softmax_rows<E, 32, Tile::kPitch>(logits_at, Tile::kRows / 8, groups, p.experts, self, kSoftmaxWarps);
+            named_barrier(1, 32 * kSoftmaxWarps);
+            write_pi<E, RC, Tile::kPitch>(p, logits_at, token, min(Tile::kRows, p.tokens - token), first_group, self,
+                                          kSoftmaxWarps);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(logits_empty);
+            parity ^= 1;
+        });
+    }
+}
+
+// One tile a block.
 template <class E, int R, int RC, int slabs>
 __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     __launch_bounds__(ProjectTile<R, RC>::kThreads, RC <= 64 ? 3 : 1)
@@ -181,13 +285,13 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     uint64_t* const full = reinterpret_cast<uint64_t*>(tiles + p.tile_bytes);
     uint64_t* const empty = full + p.stages;
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+    const int token_tile = int(blockIdx.y) * p.x_rows;
+    const bool halves = Tile::kWide && gridDim.x > 1;  // each of two blocks of columns has h of half of the tokens
+    const bool has_a = halves ? blockIdx.x < 2 : blockIdx.x == 0;
+    const bool has_h = halves ? int(blockIdx.x) == warp / 4 : has_a;
     const int router_block = int(blockIdx.x) - int(p.split);
     const bool has_router = p.has_router && router_block >= 0;
     const int first_group = router_block * p.tile_groups;
-    // Wide blocks of columns take turns with h, for 64 tokens at a time.
-    const auto has_h = [&](int tile, int warpgroup) {
-        return int(blockIdx.x) == (Tile::kWide ? (2 * tile + warpgroup) % int(gridDim.x) : 0);
-    };
 
     if (int(threadIdx.x) < p.stages) {
         barrier_init(full + threadIdx.x, 1);
@@ -201,20 +305,18 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     launch_dependents();
 
     if (warp == Tile::kProductWarps) {
-        if (lane > 0) return;
-        const int x_bytes = slabs * p.x_rows * 128, router_bytes = has_router ? slabs * Tile::kRouterBytes : 0;
-        const int router_copies = has_router ? slabs * Tile::kCluster * Tile::kHalf * 128 : 0;
-        const int row = first_group * p.experts;
-        Ring ring{0, 1};  // the opposite from the start, so that waits read it as it is
-        for (int tile = int(blockIdx.y); tile < p.token_tiles; tile += int(gridDim.y)) {
-            const bool has_a = has_h(tile, 0) || has_h(tile, 1);
+        if (lane == 0) {
+            const int x_bytes = slabs * p.x_rows * 128, a_bytes = has_a ? slabs * Tile::kABytes : 0;
+            const int router_bytes = has_router ? slabs * Tile::kRouterBytes : 0, row = first_group * p.experts;
+            const int copied = x_bytes + a_bytes + (has_router ? slabs * Tile::kCluster * Tile::kHalf * 128 : 0);
+            Ring ring{0, 1};  // the opposite from the start, so that waits read it as it is
             for (int step = 0; step < p.steps; ++step) {
                 const int k = slabs > 1 ? 0 : step * kDepth, slab = slabs > 1 ? step * slabs : 0;
-                char* const x = tiles + ring.stage * p.stage_bytes;
-                char* const router = x + x_bytes;
+                char* const tile = tiles + ring.stage * p.stage_bytes;
                 barrier_wait(empty + ring.stage, ring.parity);
-                barrier_expect(full + ring.stage, x_bytes + router_copies + (has_a ? slabs * Tile::kABytes : 0));
-                tma_load(x, &p.x, full + ring.stage, k, tile * p.x_rows, slab);
+                barrier_expect(full + ring.stage, copied);
+                tma_load(tile, &p.x, full + ring.stage, k, token_tile, slab);
+                char* const router = tile + x_bytes;
                 if (has_router) {
                     if constexpr (Tile::kCluster > 1) {  // half of the columns to both blocks
                         const int from = int(cluster_rank()) * (RC - Tile::kHalf);
@@ -230,43 +332,34 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         return;
     }
 
-    // The last warp runs what follows the products early, on zeros and without a store: its instructions are then in
-    // the cache when the others need them, who would wait for each of them once.
-    const bool warms = warp > Tile::kProductWarps;
-    if (warms && !has_router) return;
-    char* const rows =
-        warms ? reinterpret_cast<char*>(empty + p.stages) : tiles + p.logits_at + warp * 16 * Tile::kPitch;
-    const int octets = warms ? 1 : min(16, p.x_rows) / 8, groups = min(p.groups - first_group, p.tile_groups);
-    Ring ring;
-#pragma unroll 1
-    for (int tile = int(blockIdx.y); tile < p.token_tiles; tile += int(gridDim.y)) {
-        const int token = tile * p.x_rows + warp * 16;
-        const int tokens = warms ? 0 : min(min(16, p.x_rows - warp * 16), p.tokens - token);
-        if (warms) {
-            for (int i = lane; i < 8 * Tile::kPitch / 4; i += 32) reinterpret_cast<uint32_t*>(rows)[i] = 0;
-            __syncwarp();
-        } else {
-            float h[R / 2] = {}, logits[RC / 2] = {};
-            const int left = (p.token_tiles - tile + int(gridDim.y) - 1) / int(gridDim.y) * p.steps;
-            const bool with_h = has_h(tile, warp / 4);
-            if (with_h && has_router)
-                multiply<E, R, RC, slabs, true, true>(p, tiles, full, empty, ring, left, h, logits);
-            else if (with_h)
-                multiply<E, R, RC, slabs, true, false>(p, tiles, full, empty, ring, left, h, logits);
-            else
-                multiply<E, R, RC, slabs, false, true>(p, tiles, full, empty, ring, left, h, logits);
-            if (with_h) write_h<E, R>(p, h, token, tokens);
-            if (!has_router) return;
-            if (p.logits_at == 0) named_barrier(1, 32 * Tile::kProductWarps);  // no product reads the stages any more
-            if (tokens <= 0) continue;
-            write_logits<E, Tile::kPitch>(rows, logits);
-        }
-        softmax_rows<E, (RC >= 32 ? 32 : 16), Tile::kPitch>(rows, octets, groups, p.experts);
+    const int token = token_tile + warp * 16, tokens = min(min(16, p.x_rows - warp * 16), p.tokens - token);
+    char* rows = tiles + warp * 16 * Tile::kPitch;  // this warp's logits
+    if (warp < Tile::kProductWarps) {
+        float h[R / 2] = {}, logits[RC / 2] = {};
+        Ring ring;
+        if (has_h && has_router)
+            multiply<E, R, RC, slabs, true, true>(p, tiles, full, empty, ring, p.steps, h, logits);
+        else if (has_h)
+            multiply<E, R, RC, slabs, true, false>(p, tiles, full, empty, ring, p.steps, h, logits);
+        else
+            multiply<E, R, RC, slabs, false, true>(p, tiles, full, empty, ring, p.steps, h, logits);
+        if (has_h) write_h<E, R>(p, h, token, tokens);
+        if (!has_router) return;
+        named_barrier(1, 32 * Tile::kProductWarps);  // no product reads the stages any more
+        if (tokens <= 0) return;
+        write_logits<E, Tile::kPitch>(rows, logits);
+    } else {
+        // The last warp runs what follows early, on zeros and without a store: its instructions are then in the cache
+        // when the others need them, who would wait for each of them once.
+        if (!has_router) return;
+        rows = reinterpret_cast<char*>(empty + p.stages);
+        for (int i = lane; i < 16 * Tile::kPitch / 4; i += 32) reinterpret_cast<uint32_t*>(rows)[i] = 0;
         __syncwarp();
-        write_pi<E, RC, Tile::kPitch>(p, rows, token, tokens, first_group);
-        __syncwarp();
-        if (warms) return;
     }
+    const int groups = min(p.groups - first_group, p.tile_groups);
+    softmax_rows<E, (RC >= 32 ? 32 : 16), Tile::kPitch>(rows, p.x_rows == 8 ? 1 : 2, groups, p.experts, 0, 1);
+    __syncwarp();
+    if (warp < Tile::kProductWarps) write_pi<E, RC, Tile::kPitch>(p, rows, token, tokens, first_group, 0, 1);
 }
 
 template <class E, int R, int RC>
@@ -306,27 +399,30 @@ void launch_project(const RoutedLoraFwd& f, bool split) {
     const int weight_bytes =
         split ? std::max(Tile::kABytes, Tile::kRouterBytes) : Tile::kABytes + (has_router ? Tile::kRouterBytes : 0);
     p.stage_bytes = slabs * (p.x_rows * 128 + weight_bytes);
-    // Tiles of tokens at a time, in whole clusters: as many as blocks fit, where that leaves few multiprocessors out.
-    const int64_t all_tiles = ceil_div(token_tiles, Tile::kCluster) * Tile::kCluster;
-    const int64_t at_once = multiprocessors() / columns / 2 * 2;
-    const bool streams = Tile::kWide && at_once < all_tiles && at_once * columns >= multiprocessors() * 15 / 16;
-    p.token_tiles = int(all_tiles);
-    const int logits_bytes = Tile::kRows * Tile::kPitch, zeros = 8 * Tile::kPitch;
-    const int budget = (beside ? 88 * 1024 : kMaxSharedBytes - 1024 - zeros) - (streams ? logits_bytes : 0);
-    p.stages = std::min(p.steps, budget / (p.stage_bytes + 16));
-    p.logits_at = streams ? p.stages * p.stage_bytes : 0;
-    p.tile_bytes = streams ? p.logits_at + logits_bytes : std::max(p.stages * p.stage_bytes, logits_bytes);
-    const auto grid = dim3(unsigned(columns), unsigned(streams ? at_once : all_tiles));
-    // Aligned; tiles, barriers, zeros.
-    const int shared_bytes = 1024 + p.tile_bytes + p.stages * 16 + zeros;
-    const auto run = [&](auto slabs_of_step) {
-        launch<project_kernel<E, R, RC, decltype(slabs_of_step)::value>>("routed_lora project", grid, Tile::kThreads,
-                                                                         shared_bytes, f.stream, false, p);
-    };
-    if constexpr (Tile::kSlabs > 1) {
-        if (slabs > 1) return run(std::integral_constant<int, Tile::kSlabs>());
+    if constexpr (Tile::kStreams) {
+        p.columns = columns;
+        p.tiles = int(ceil_div(token_tiles, 2)) * columns;
+        const int fixed = 1024 + Tile::kRows * Tile::kPitch + 2 * 8;  // aligned; logits, their barriers
+        p.stages = std::min(p.steps, (kMaxSharedBytes - fixed) / (p.stage_bytes + 16));
+        const int blocks = 2 * std::min(p.tiles, multiprocessors() / 2);
+        launch<project_stream_kernel<E, R, RC>>("routed_lora project", dim3(unsigned(blocks)), Tile::kThreads,
+                                                fixed + p.stages * (p.stage_bytes + 16), f.stream, false, p);
+    } else {
+        const int budget = beside ? 88 : 216;  // KB
+        p.stages = std::min(p.steps, budget * 1024 / p.stage_bytes);
+        p.tile_bytes = std::max(p.stages * p.stage_bytes, Tile::kRows * Tile::kPitch);
+        const auto grid = dim3(unsigned(columns), unsigned(ceil_div(token_tiles, Tile::kCluster) * Tile::kCluster));
+        // Aligned; tiles, barriers, zeros.
+        const int shared_bytes = 1024 + p.tile_bytes + p.stages * 16 + 16 * Tile::kPitch;
+        const auto run = [&](auto slabs_of_step) {
+            launch<project_kernel<E, R, RC, decltype(slabs_of_step)::value>>(
+                "routed_lora project", grid, Tile::kThreads, shared_bytes, f.stream, false, p);
+        };
+        if constexpr (Tile::kSlabs > 1) {
+            if (slabs > 1) return run(std::integral_constant<int, Tile::kSlabs>());
+        }
+        run(std::integral_constant<int, 1>());
     }
-    run(std::integral_constant<int, 1>());
 }
 
 template <class E, int R>

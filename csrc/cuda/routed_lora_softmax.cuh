@@ -49,6 +49,11 @@ __device__ float2 unpacked(uint32_t pair) {
         return to_float2(bits_as<Pair<E>>(pair));
 }
 
+template <class P>
+__device__ P swapped(P pair) {
+    return bits_as<P>(__byte_perm(bits_as<uint32_t>(pair), 0, 0x1032));
+}
+
 // A run of P 16-bit values that starts on any of them, as pairs.
 template <int P, bool aligned>
 __device__ void load_run(uint32_t (&v)[P / 2], const char* from) {
@@ -114,8 +119,9 @@ __device__ void softmax(char* row, int experts) {
         most = __hmax2_nan(most, bits_as<Pair<E>>(v[i]));
         least = __hmin2_nan(least, bits_as<Pair<E>>(v[i]));
     }
-    const float2 tops = unpacked<E>(bits_as<uint32_t>(most)), bottoms = unpacked<E>(bits_as<uint32_t>(least));
-    const float top = fmaxf(tops.x, tops.y), bottom = fminf(bottoms.x, bottoms.y);
+    most = __hmax2_nan(most, swapped(most));
+    least = __hmin2_nan(least, swapped(least));
+    const float top = unpacked<E>(bits_as<uint32_t>(most)).x, bottom = unpacked<E>(bits_as<uint32_t>(least)).x;
     float e[P];
 #pragma unroll
     for (int i = 0; i < P / 2; ++i) {
@@ -154,27 +160,33 @@ __device__ void softmax(char* row, int experts) {
 }
 
 // run(P, aligned) as types for `experts` of at most `most`.
-template <int most, int P = 4, class Run>
-__device__ void for_experts(int experts, Run run) {
-    if constexpr (P % 8 == 0) {
+template <int most, int P, class Run>
+__device__ void for_experts_from(int experts, Run run) {
+    if constexpr (P == 8 || P == 24 || P == 32) {
         if (experts == P) return run(std::integral_constant<int, P>(), std::true_type());
     }
     if constexpr (P < most) {
-        if (experts > P) return for_experts<most, P + 4>(experts, run);
+        if (experts > P) return for_experts_from<most, P + 4>(experts, run);
     }
     run(std::integral_constant<int, P>(), std::false_type());
 }
+template <int most, class Run>
+__device__ void for_experts(int experts, Run run) {
+    // The usual number first: each comparison lies far from the last, and the first time is waited for.
+    if (experts == 16) return run(std::integral_constant<int, 16>(), std::true_type());
+    for_experts_from<most, 4>(experts, run);
+}
 
-// Rows of 8 `octets` tokens, `pitch` bytes apart, each the logits of `groups` groups side by side, in place. For a
-// warp; a thread takes a token and a group at a time. Eight tokens and, where groups start on odd words, every other
-// group side by side meet no bank twice.
+// Rows of 8 `octets` tokens, `pitch` bytes apart, each the logits of `groups` groups side by side, in place. By a warp
+// of several; a thread takes a token and a group at a time. Eight tokens and, where groups start on odd words, every
+// other group side by side meet no bank twice.
 template <class E, int most, int pitch>
-__device__ void softmax_rows(char* rows, int octets, int groups, int experts) {
+__device__ void softmax_rows(char* rows, int octets, int groups, int experts, int warp, int warps) {
     const int lane = threadIdx.x % 32, stride = 1 + experts % 2, evens = (groups + stride - 1) / stride;
     for_experts<most>(experts, [&](auto P, auto aligned) {
-        int octet = 0, k = lane / 8;
+        int octet = 0, k = 4 * warp + lane / 8;
 #pragma unroll 1
-        for (;; k += 4) {
+        for (;; k += 4 * warps) {
             for (; k >= groups; k -= groups) ++octet;
             if (octet >= octets) break;
             const int group = k < evens ? k * stride : 2 * (k - evens) + 1;
