@@ -332,7 +332,8 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         return;
     }
 
-    const int token = token_tile + warp * 16, tokens = min(min(16, p.x_rows - warp * 16), p.tokens - token);
+    const int token = token_tile + warp * 16;
+    int tokens = min(min(16, p.x_rows - warp * 16), p.tokens - token);
     char* rows = tiles + warp * 16 * Tile::kPitch;  // this warp's logits
     if (warp < Tile::kProductWarps) {
         float h[R / 2] = {}, logits[RC / 2] = {};
@@ -352,6 +353,7 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
         // The last warp runs what follows early, on zeros and without a store: its instructions are then in the cache
         // when the others need them, who would wait for each of them once.
         if (!has_router) return;
+        tokens = 0;
         rows = reinterpret_cast<char*>(empty + p.stages);
         for (int i = lane; i < 16 * Tile::kPitch / 4; i += 32) reinterpret_cast<uint32_t*>(rows)[i] = 0;
         __syncwarp();
@@ -359,7 +361,7 @@ __global__ void __cluster_dims__(1, ProjectTile<R, RC>::kCluster, 1)
     const int groups = min(p.groups - first_group, p.tile_groups);
     softmax_rows<E, (RC >= 32 ? 32 : 16), Tile::kPitch>(rows, p.x_rows == 8 ? 1 : 2, groups, p.experts, 0, 1);
     __syncwarp();
-    if (warp < Tile::kProductWarps) write_pi<E, RC, Tile::kPitch>(p, rows, token, tokens, first_group, 0, 1);
+    write_pi<E, RC, Tile::kPitch>(p, rows, token, tokens, first_group, 0, 1);
 }
 
 template <class E, int R, int RC>

@@ -142,17 +142,12 @@ __device__ void softmax(char* row, int experts) {
             const float q = __fmul_rn(r, e[i]);
             e[i] = __fmaf_rn(r, __fmaf_rn(-sum, q, e[i]), q);
         }
-    } else {  // rare: short code, so that the rest stays together
-        float rare[P];
+    } else {
 #pragma unroll
-        for (int i = 0; i < P; ++i) rare[i] = e[i];
-#pragma unroll 1
-        for (int i = 0; i < P; ++i) rare[i] = i < experts ? expf(rare[i]) : 0.0f;
-        const float sum = tree_sum(rare);
-#pragma unroll 1
-        for (int i = 0; i < P; ++i) rare[i] = __fdiv_rn(rare[i], sum);
+        for (int i = 0; i < P; ++i) e[i] = absent(i) ? 0.0f : expf(e[i]);
+        const float sum = tree_sum(e);
 #pragma unroll
-        for (int i = 0; i < P; ++i) e[i] = rare[i];
+        for (int i = 0; i < P; ++i) e[i] = __fdiv_rn(e[i], sum);
     }
 #pragma unroll
     for (int i = 0; i < P / 2; ++i) v[i] = bits_as<uint32_t>(rounded2<E>(e[2 * i], e[2 * i + 1]));
