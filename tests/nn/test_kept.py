@@ -125,7 +125,7 @@ def test_errors_of_a_rerun_are_those_of_the_block():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     block.register_forward_pre_hook(fail, prepend=True)
-    with pytest.raises(torch.OutOfMemoryError, match="^CUDA out of memory$"):
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         loss.backward()
 
 
