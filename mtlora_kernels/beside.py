@@ -64,6 +64,8 @@ def mark_input(x: object, block: nn.Module) -> object:
         return x
     if x.requires_grad or x.is_inference():  # the block may ask for gradients; changes would leave no trace
         return x
+    if torch._C._are_functorch_transforms_active():  # what these hand around has no address
+        return x
     view = x.view_as(x)
     setattr(view, MARK, Mark(x, block))
     return view

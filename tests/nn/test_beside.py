@@ -226,6 +226,15 @@ def test_a_block_may_ask_for_gradients():
 
 
 @pytest.mark.usefixtures("capture")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_nothing_is_marked_inside_a_transform(calls):
+    block, x = adapted(Block(), impl="reference"), torch.randn(2, 5, WIDTH)
+    out = torch.vmap(block)(x)
+    assert not calls and torch.allclose(out, block(x), atol=1e-5) and len(calls) == 1
+
+
+@pytest.mark.usefixtures("capture")
 @pytest.mark.parametrize("numerics", ["fp32", "eager"])
 @torch.no_grad()
 def test_a_linear_layer(calls, numerics):
