@@ -226,6 +226,19 @@ def test_a_block_may_ask_for_gradients():
 
 
 @pytest.mark.usefixtures("capture")
+def test_inference_mode(calls):
+    """Tensors from outside it show their changes, those made inside do not."""
+    block, changing = (adapted(make(), impl="reference") for make in (Block, InPlace))
+    x = torch.randn(5, WIDTH)
+    with torch.inference_mode():
+        block(x)
+        assert len(calls) == 1
+        changing(x)
+        block(x + 1)
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("capture")
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 @torch.no_grad()
 def test_nothing_is_marked_inside_a_transform(calls):
