@@ -7,14 +7,13 @@ order of launches, so the one call forks and joins: no stream is left apart, wha
 launched after those of the block, would start after them.
 """
 
-import threading
+from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from . import ops
-from .device import on_device
 from .dispatch import load_module
 
 IMPL = "cuda"  # the kernels that can leave the sum in fp32
@@ -23,20 +22,26 @@ MARK = "mtlora_kernels_mark"
 
 
 class Mark:
-    """Where a block's input and its parameters were there, and in which state."""
+    """Since when a block's input and its parameters are there, and in which state they were."""
 
     def __init__(self, x: Tensor, block: nn.Module) -> None:
         self.event = torch.cuda.current_stream(x.device).record_event()
         there = (_owner(x), *block.parameters())
         self.states = {t: _state(t) for t in there if type(t) in (Tensor, nn.Parameter) and not t.is_inference()}
 
-    def covers(self, t: Tensor) -> bool:
-        """Whether t is one of them, or a view of one, and in that state."""
-        return _owner(t) in self.states and self.states[_owner(t)] == _state(_owner(t))
+    def covers(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether each is one of them, or a view of one, and all are in that state: a view may lie over several, as
+        that of experts which share a storage."""
+        unchanged = all(_state(t) == state for t, state in self.states.items())
+        return unchanged and all(_owner(t) in self.states for t in tensors)
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # what a block keeps of its input is copied and pickled without the mark
 
 
 def _captured(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
+    """By the current stream, which is one of the current device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing() and x.get_device() == torch._C._cuda_getDevice()
 
 
 def _owner(t: Tensor) -> Tensor:
@@ -49,13 +54,18 @@ def _state(t: Tensor) -> tuple[int, int]:
 
 def mark_input(x: object, block: nn.Module) -> object:
     """x for block and for `routed_lora` with parameters of block, which then, in a CUDA graph captured without
-    gradients, does not wait for what runs between this call and its own. `keep_input` does it.
+    gradients, does not wait for what runs between this call and its own: up to 16 tokens on the CUDA kernels, without
+    load, weights from outside or a sum that starts at the residual. `keep_input` does it.
 
-    For forwards of layers that have an adapter: ``x = mark_input(x, self)`` before the layer's own products.
+    For forwards of layers that have an adapter: ``x = mark_input(x, self)`` before the layer's own products. Not for
+    those that change x or their parameters where PyTorch does not count it (`.data`, kernels of their own): the adapter
+    might read what they wrote. Changes that PyTorch counts are waited for.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) is not Tensor or not _captured(x):
         return x
     if x.requires_grad or x.is_inference():  # the block may ask for gradients; changes would leave no trace
+        return x
+    if torch._C._are_functorch_transforms_active():  # what these hand around has no address
         return x
     view = x.view_as(x)
     setattr(view, MARK, Mark(x, block))
@@ -67,20 +77,21 @@ def serves(given: Tensor, inputs: tuple) -> bool:
     mark = getattr(given, MARK, None)
     if mark is None or inputs[16] != IMPL or not 0 < inputs[0].shape[0] <= MOST_TOKENS:
         return False
-    x, lora_a, lora_b, router, route_weights, _, expert_scale = inputs[:7]
+    x, lora_a, lora_b, router, route_weights, _, expert_scale, seed = inputs[:8]
     accumulates, returns_load = inputs[14:16]
     return (
         not (accumulates or returns_load)
         and route_weights is None
-        and all(mark.covers(t) for t in (x, lora_a, lora_b, router, expert_scale) if t is not None)
         and _captured(x)
+        and mark.covers(t for t in (x, lora_a, lora_b, router, expert_scale, seed) if t is not None)
     )
 
 
 def routed_lora(given: Tensor, inputs: tuple) -> Tensor:
     """out of a call that `serves`, with the bits of the operator."""
     residual, numerics = inputs[5], inputs[10]
-    main, side = torch.cuda.current_stream(given.device), _side(given.device, threading.get_ident())
+    main = torch.cuda.current_stream(given.device)
+    side = _side(main)
     wide = residual is not None and numerics == "fp32"  # which rounds once, after the addition
     side.wait_event(getattr(given, MARK).event)
     try:
@@ -93,11 +104,10 @@ def routed_lora(given: Tensor, inputs: tuple) -> Tensor:
         return mixture
     if not wide:
         return torch.add(residual, mixture, out=residual.new_empty(residual.shape))  # contiguous
-    with on_device(residual):
-        return load_module("native.cuda").add(residual, mixture)
+    return load_module("native.cuda").add(residual, mixture)
 
 
 @cache
-def _side(device: torch.device, thread: int) -> torch.cuda.Stream:
-    """One for each thread, as one capture cannot use the stream of another."""
-    return torch.cuda.Stream(device)
+def _side(main: torch.cuda.Stream) -> torch.cuda.Stream:
+    """One for each: a stream belongs to one capture at a time, until that ends."""
+    return torch.cuda.Stream(main.device)

@@ -88,6 +88,8 @@ class Kept:
         try:
             (x,), rest = self.keeper.saved_tensors, self.rest
         except RuntimeError as error:
+            if "already been freed" not in str(error):
+                raise  # of a checkpoint that reruns the block, such as torch.OutOfMemoryError: as it is
             raise RuntimeError(
                 "backward of routed_lora cannot read the input that keep_input saved, as compiled autograd after an "
                 f"eager forward never can: {error}"

@@ -25,6 +25,7 @@ class Call(NamedTuple):
 
 HOPPER_ROUTER_ROWS = 1216  # 19 tiles of 64: what fits shared memory beside the rest in d(x)'s kernel
 LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
+FLOAT64 = "a tensor has dtype torch.float64"
 
 
 def low_precision(call: Call) -> str | None:
@@ -33,7 +34,7 @@ def low_precision(call: Call) -> str | None:
 
 def cpu_limits(call: Call) -> str | None:
     """The C++ kernels read tensors as they are, and know three dtypes."""
-    return low_precision(call) or ("a tensor has dtype torch.float64" if call.float64 else None)
+    return low_precision(call) or (FLOAT64 if call.float64 else None)
 
 
 def hopper_limits(call: Call) -> str | None:
@@ -47,6 +48,8 @@ def hopper_limits(call: Call) -> str | None:
         return f"x has dtype {call.x_dtype} besides compute_dtype {call.compute_dtype}"
     if call.out_dtype != call.compute_dtype:
         return f"out has dtype {call.out_dtype}"
+    if call.float64:  # of a weight, whose gradient would be written in it
+        return FLOAT64
     if call.rank not in ranks:
         return f"the rank is {call.rank}, not one of {ranks}"
     if call.experts > 32:

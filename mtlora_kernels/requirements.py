@@ -58,3 +58,19 @@ def require_int(name: str, value: object, low: int, high: int | None = None, mea
     if value < low or (high is not None and value > high):
         wanted = f"at least {low}" if high is None else f"in [{low}, {high}]{meaning}"
         raise ValueError(f"{name} is {value}, it must be {wanted}")
+
+
+def require_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {type(value).__name__}, it must be a Python number")
+
+
+def require_probability(name: str, value: object) -> None:
+    require_number(name, value)
+    if not 0 <= value < 1:  # torch.compile(dynamic=True) makes it symbolic, which no f-string may hold
+        raise ValueError(f"{name} is {value}, it must be in [0, 1)")
+
+
+def require_one_of(name: str, value: object, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}, it must be one of {choices}")

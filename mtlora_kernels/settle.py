@@ -7,7 +7,7 @@ from .dispatch import resolve
 from .limits import Call
 from .memo import Memo
 from .reference.routed_lora import output_dtype
-from .requirements import COMPUTE_DTYPES
+from .requirements import COMPUTE_DTYPES, require_one_of
 from .validation import check_routed_lora
 
 _known: Memo[tuple[str, torch.dtype]] = Memo()
@@ -70,8 +70,7 @@ def _settle(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple[str, to
     )
     if compute_dtype is None:
         compute_dtype = _default_dtype(x)
-    if compute_dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"compute_dtype is {compute_dtype}, it must be one of {COMPUTE_DTYPES}")
+    require_one_of("compute_dtype", compute_dtype, COMPUTE_DTYPES)
     experts, d_out, rank = b.shape
     call = Call(
         compute_dtype=compute_dtype,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import spectral_eager
-from .requirements import require_int
+from .requirements import require_int, require_one_of
 from .spectral_dispatch import resolve_spectral
 from .spectral_inputs import KINDS, Layers, layer_stacks, sketch_size, stacked_matrices
 
@@ -116,8 +116,7 @@ def spectral_penalty(
         TypeError, ValueError: an argument does not fit; the message names it. Nothing was launched.
         RuntimeError: on a second derivative.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind is {kind!r}, it must be one of {KINDS}")
+    require_one_of("kind", kind, KINDS)
     if weights is not None and not isinstance(weights, SpectralWeights):
         raise TypeError(f"weights is {type(weights).__name__}, it must be a SpectralWeights or None")
     stacks = layer_stacks(lora_b)

@@ -5,7 +5,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .requirements import require_alike, require_device, require_sequence, require_shape, require_tensor
+from .requirements import (
+    require_alike,
+    require_device,
+    require_number,
+    require_one_of,
+    require_probability,
+    require_sequence,
+    require_shape,
+    require_tensor,
+)
 
 NUMERICS = ("fp32", "eager")
 ACTIVATIONS = (None, "relu")
@@ -48,15 +57,10 @@ def check_routed_lora(
         raise ValueError(f"lora_b has {n} experts of rank {r}, both must be at most {MAX_WIDTH}")
     require_shape("lora_a", lora_a, (r, d_in), "[r, d_in] with r of lora_b and d_in of x")
 
-    for name, number in (("scaling", scaling), ("dropout_p", dropout_p)):
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"{name} is {type(number).__name__}, it must be a Python number")
-    if numerics not in NUMERICS:
-        raise ValueError(f"numerics is {numerics!r}, it must be one of {NUMERICS}")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation is {activation!r}, it must be one of {ACTIVATIONS}")
-    if not 0 <= dropout_p < 1:  # torch.compile(dynamic=True) makes it symbolic, which no f-string may hold
-        raise ValueError(f"dropout_p is {dropout_p}, it must be in [0, 1)")
+    require_number("scaling", scaling)
+    require_one_of("numerics", numerics, NUMERICS)
+    require_one_of("activation", activation, ACTIVATIONS)
+    require_probability("dropout_p", dropout_p)
     if isinstance(num_groups, bool) or not isinstance(num_groups, int):
         raise TypeError(f"num_groups is {type(num_groups).__name__}, it must be an int")
     if num_groups < 1 or d_out % num_groups != 0:

@@ -32,6 +32,7 @@ def test_the_most_weights_of_a_token_are_served(experts, groups):
         ({"compute_dtype": torch.float32}, "compute_dtype is torch.float32"),
         ({"x_dtype": torch.float32}, "x has dtype torch.float32"),
         ({"out_dtype": torch.float32}, "out has dtype torch.float32"),
+        ({"float64": True}, "a tensor has dtype torch.float64"),
         ({"rank": 4}, "the rank is 4"),
         ({"rank": 8, "eager": True}, "the rank is 8"),
         ({"experts": 33}, "there are 33 experts"),

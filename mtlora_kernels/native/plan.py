@@ -13,7 +13,7 @@ from ..memo import Memo
 class Plan(NamedTuple):
     """A parameter struct without stream and addresses, and the bytes of the workspace it asks for."""
 
-    params: _C.RoutedLora | _C.Spectral
+    params: _C.RoutedLora | _C.Rsvd | _C.Spectral
     workspace: int
 
     def new_workspace(self, like: Tensor) -> Tensor | None:

@@ -37,7 +37,8 @@ def attach_block_adapters(
         The new adapters by block name.
 
     Raises:
-        ValueError: no such block, or one that already has an adapter. The model is left as it was.
+        TypeError, ValueError: blocks names no block, or one that already has an adapter, or an option is none of
+            `RoutedLoRA`. The model is left as it was.
     """
     adapters = {}
     found = _find_blocks(model, blocks)
@@ -95,17 +96,23 @@ def set_balance_scale(model: nn.Module, scale: float) -> None:
 
 def _find_blocks(model: nn.Module, blocks: str | Iterable[str]) -> dict[str, nn.Module]:
     if isinstance(blocks, str):
-        found = {name: module for name, module in model.named_modules() if re.fullmatch(blocks, name)}
+        try:
+            pattern = re.compile(blocks)
+        except re.error as error:
+            raise ValueError(f"blocks is {blocks!r}, it must be a regular expression: {error}") from error
+        found = {name: module for name, module in model.named_modules() if pattern.fullmatch(name)}
         unknown = []
     else:
+        names = list(blocks) if isinstance(blocks, Iterable) else [blocks]
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError(f"blocks is {type(blocks).__name__}, it must be names of modules or a regular expression")
         modules = dict(model.named_modules(remove_duplicate=False))
-        names = list(blocks)
         found = {name: modules[name] for name in names if name in modules}
         unknown = [name for name in names if name not in modules]
     if unknown or not found:
         raise ValueError(f"blocks is {blocks!r}, it must name modules of the model; not found: {unknown or 'any'}")
     for name, block in found.items():
-        _check_block(name, block)
+        _check_block(name or "model", block)
     if len(set(map(id, found.values()))) < len(found):
         raise ValueError(f"blocks is {blocks!r}, two of these names are the same module, give one of them")
     return found

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..dispatch import IMPLS
 from ..functional import balance_loss, routed_lora
-from ..requirements import require_int
-from ..validation import MAX_WIDTH
+from ..requirements import COMPUTE_DTYPES, require_int, require_number, require_one_of, require_probability
+from ..validation import MAX_WIDTH, NUMERICS
 from .loss import add_to_loss
 
 ACTIVATIONS = {"lowrank": None, "bottleneck": "relu", "adaptformer": "relu"}  # by style
@@ -43,14 +44,16 @@ class RoutedMixture(nn.Module):
         super().__init__()
         self.in_features, self.out_features = features, features if out_features is None else out_features
         self.rank, self.num_experts = rank, num_experts
-        for name, value in (("features", features), ("out_features", self.out_features)):
-            require_int(name, value, 1)
-        for name in ("rank", "num_experts"):
-            require_int(name, getattr(self, name), 1, MAX_WIDTH)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout is {dropout}, it must be in [0, 1)")
-        if style not in ACTIVATIONS:
-            raise ValueError(f"style is {style!r}, it must be one of {tuple(ACTIVATIONS)}")
+        require_int("features", features, 1)
+        require_int("out_features", self.out_features, 1)
+        require_int("rank", rank, 1, MAX_WIDTH)
+        require_int("num_experts", num_experts, 1, MAX_WIDTH)
+        require_number("alpha", alpha)
+        require_one_of("style", style, tuple(ACTIVATIONS))
+        require_probability("dropout", dropout)
+        require_one_of("numerics", numerics, NUMERICS)
+        require_one_of("compute_dtype", compute_dtype, (None, *COMPUTE_DTYPES))
+        require_one_of("impl", impl, (None, *IMPLS))  # whether it runs is known when x is
         self.num_groups = self._groups(num_groups, group_size)
         self.style, self.scale_init, self.dropout = style, scale_init, dropout
         self.scaling = 1.0 if style == "adaptformer" else alpha / rank
@@ -120,11 +123,7 @@ class RoutedMixture(nn.Module):
         """
         balanced = self.training and self.balance_coef != 0
         result = routed_lora(
-            x,
-            lora_A,
-            lora_B,
-            lora_route,
-            residual,
+            x, lora_A, lora_B, lora_route, residual,
             scaling=self.scaling,
             num_groups=self.num_groups,
             numerics=self.numerics,
@@ -135,7 +134,7 @@ class RoutedMixture(nn.Module):
             accumulate_into_residual=accumulate and self.numerics == "eager",
             return_load=balanced or self.track_load,
             impl=self.impl,
-        )
+        )  # fmt: skip
         if isinstance(result, Tensor):
             return result
         out, load = result

@@ -52,9 +52,10 @@ def swap_in(model: nn.Module, numerics: str = "fp32", impl: str | None = None, s
     """
     if numerics not in ("fp32", "eager"):
         raise ValueError(f"numerics is {numerics!r}, it must be 'fp32' or 'eager'")
-    names = dict.fromkeys(mk.available_impls("cpu") + mk.available_impls("cuda"))
-    if impl is not None and impl not in names:
-        raise ValueError(f"impl is {impl!r}, it must be None or one of {tuple(names)}")
+    if impl is not None:  # asking for CUDA's starts it, in a process that may want to fork first
+        names = dict.fromkeys(mk.available_impls("cpu") + mk.available_impls("cuda"))
+        if impl not in names:
+            raise ValueError(f"impl is {impl!r}, it must be None or one of {tuple(names)}")
     report, found = SwapReport(), {}
     for name, module in model.named_modules():
         host = module.host if isinstance(module, SwappedLayer) else type(module)

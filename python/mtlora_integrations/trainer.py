@@ -73,8 +73,8 @@ class MtLoraTrainerMixin:
     ``routing_entropy`` (of the load, 1 for equal load) and ``load/expert_{i}``.
 
     Raises:
-        ValueError: the model has no routed adapters, or DeepSpeed is to add the spectral term: its gradients are
-            not in .grad.
+        ValueError: spectral_kind is unknown, the model has no routed adapters, or DeepSpeed is to add the spectral
+            term: its gradients are not in .grad.
     """
 
     def __init__(
@@ -86,6 +86,8 @@ class MtLoraTrainerMixin:
         balance_coef: float | None = None,
         **kwargs: Any,
     ) -> None:
+        if spectral_kind not in ("pairwise", "gram"):
+            raise ValueError(f"spectral_kind is {spectral_kind!r}, it must be 'pairwise' or 'gram'")
         super().__init__(*args, **kwargs)
         self._mixtures = _active_mixtures(self.model)
         if not self._mixtures:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mtlora_kernels as mk
 from mtlora_integrations import swap_in, swap_out
-from mtlora_kernels import beside
+from mtlora_kernels import beside, dispatch
 from mtlora_kernels.testing import assert_bitwise_equal, differences, rounding_inputs
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -443,6 +443,15 @@ def test_settings_are_checked_first():
     with pytest.raises(ValueError, match="no adapter layer can be swapped"):
         swap_in(nn.Linear(2, 2), strict=True)
     assert str(swap_in(nn.Linear(2, 2))) == "swapped 0 adapter layers, 0.0 MiB of experts share storages"
+
+
+def test_cuda_is_not_started_for_a_model_elsewhere(monkeypatch):
+    """A process in which it was cannot fork, as data loaders and launchers of notebooks do."""
+    monkeypatch.setitem(dispatch.BUILT, "cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: pytest.fail("CUDA was started"))
+    model = Model(good=make("lowrank"))
+    swap_in(model, strict=True)
 
 
 def test_models_on_the_meta_device():

@@ -159,6 +159,11 @@ def test_zero_experts_have_no_penalty_and_no_gradient():
     assert all(not p.grad.any() for p in expert_parameters(model))
 
 
+def test_an_unknown_kind_of_penalty_is_refused_at_once(tmp_path):
+    with pytest.raises(ValueError, match="spectral_kind is 'paper', it must be 'pairwise' or 'gram'"):
+        MtLoraTrainer(adapted(), arguments(tmp_path), train_dataset=DATA, spectral_kind="paper")
+
+
 def test_models_without_adapters_say_so(tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM without routed adapters"):
         MtLoraTrainer(tiny_llama(), arguments(tmp_path), train_dataset=DATA)

@@ -73,6 +73,7 @@ CHANGES = [
 ]  # fmt: skip
 FORWARD_CHANGES = [
     {"numerics": "eager"}, {"numerics": "eager", "accumulate_into_residual": True}, {"return_load": True},
+    {"num_groups": 2 * G}, {"wide": True},
     {"residual": None}, {"lora_b": torch.ones(N, 2 * D, R, dtype=BF16), "residual": None},
 ]  # fmt: skip
 BACKWARD_CHANGES = [{"dload": torch.ones(N)}, {"needs": (False, *ALL[1:])}]

@@ -192,6 +192,20 @@ def test_unknown_blocks_are_named(blocks):
         mk.nn.attach_block_adapters(Model(), blocks, WIDTH, 2, 3)
 
 
+@pytest.mark.parametrize(
+    ("blocks", "kind"),
+    [(nn.Linear(2, 2), "Linear"), (nn.Sequential(nn.Linear(2, 2)), "Sequential"), (["mlp", 3], "list")],
+)
+def test_blocks_are_strings(blocks, kind):
+    with pytest.raises(TypeError, match=f"^blocks is {kind}, it must be names of modules or a regular expression"):
+        mk.nn.attach_block_adapters(Model(), blocks, WIDTH, 2, 3)
+
+
+def test_a_bad_regular_expression_is_named():
+    with pytest.raises(ValueError, match=r"^blocks is 'layers\.\[', it must be a regular expression: unterminated"):
+        mk.nn.attach_block_adapters(Model(), "layers.[", WIDTH, 2, 3)
+
+
 def test_a_shared_block_gets_one_adapter():
     model = Model()
     model.layers[1] = model.layers[0]
@@ -220,6 +234,8 @@ def test_containers_are_refused(container):
     model = nn.ModuleDict({"block": container})
     with pytest.raises(ValueError, match=r"block is a \w+, it must be a module with its own forward"):
         mk.nn.attach_block_adapters(model, ["block"], WIDTH, 2, 3)
+    with pytest.raises(ValueError, match=r"^model is a \w+, it must be a module with its own forward"):
+        mk.nn.attach_block_adapters(container, "", WIDTH, 2, 3)
 
 
 def test_adapter_is_made_on_the_device_of_its_block():

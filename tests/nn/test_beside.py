@@ -1,6 +1,8 @@
 """An adapter beside its block in a CUDA graph: which calls run there, and with the same bits."""
 
+import contextlib
 import copy
+import pickle
 import types
 
 import pytest
@@ -123,6 +125,97 @@ def test_what_was_not_there_before_the_block_is_waited_for(calls):
         given = marked()
         changed.add_(1)
         assert not call(given, a, b, router)
+    seed = torch.tensor([1])
+    assert not call(marked(), a, b, router, dropout_p=0.5, dropout_seed=seed)
+
+
+@pytest.mark.usefixtures("capture")
+@torch.no_grad()
+def test_experts_that_share_a_storage_are_all_looked_at(calls):
+    """One tensor lies over them, which is a view of the first alone."""
+    block, x = adapted(Block()), torch.randn(5, WIDTH)
+    adapter = block.block_adapter
+    block.experts = nn.ParameterList(torch.empty(WIDTH, SIZES[0]) for _ in range(SIZES[1]))
+    storage = torch.randn(SIZES[1], WIDTH, SIZES[0])
+    for expert, place in zip(block.experts, storage, strict=True):
+        expert.data = place
+    over = block.experts[0].as_strided(storage.shape, storage.stride())
+    for changed in (None, *block.experts):
+        calls.clear()
+        given = beside.mark_input(x, block)
+        if changed is not None:
+            changed.add_(1)
+        mk.routed_lora(given, adapter.lora_A, over, adapter.lora_route, impl="reference")
+        assert len(calls) == (changed is None)
+
+
+@pytest.mark.usefixtures("capture")
+@torch.no_grad()
+def test_a_copy_of_a_marked_input_is_not_marked():
+    x, block = torch.randn(5, WIDTH), adapted(Block())
+    marked = beside.mark_input(x, block)
+    getattr(marked, beside.MARK).event = (event for event in ())  # which can be copied no more than a CUDA event
+    for copied in (copy.deepcopy(marked), pickle.loads(pickle.dumps(marked))):
+        assert torch.equal(copied, x) and getattr(copied, beside.MARK) is None
+
+
+@pytest.mark.parametrize(("capturing", "current", "expected"), [(True, 1, True), (True, 0, False), (False, 1, False)])
+def test_a_capture_is_one_of_the_current_device(monkeypatch, capturing, current, expected):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: current, raising=False)
+    assert beside._captured(types.SimpleNamespace(is_cuda=True, get_device=lambda: 1)) == expected
+
+
+class Stream:
+    device = "cuda:0"
+
+    def __init__(self, name: str, log: list) -> None:
+        self.name, self.log = name, log
+
+    def record_event(self) -> str:
+        return f"mark of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def wait_stream(self, stream) -> None:
+        self.log.append(f"{self.name} waits for {stream.name}")
+
+
+@pytest.mark.usefixtures("capture")
+@pytest.mark.parametrize("error", [False, True])
+@torch.no_grad()
+def test_what_forks_joins(monkeypatch, error):
+    log = []
+    main, side, run = Stream("main", log), Stream("side", log), ops.run_forward
+
+    @contextlib.contextmanager
+    def on(stream):
+        log.append(f"on {stream.name}")
+        yield
+        log.append("back")
+
+    def forward(*inputs, wide):
+        assert inputs[5] is None and not wide
+        if error:
+            raise RuntimeError("as it was told")
+        return run(*inputs)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: main)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, stream: log.append(f"kept for {stream.name}"))
+    monkeypatch.setattr(ops, "run_forward", forward)
+    monkeypatch.setattr(beside, "_side", lambda of: {main: side}[of])
+    block, x = adapted(Block(), numerics="eager", impl="reference"), torch.randn(5, WIDTH)
+    if error:
+        with pytest.raises(RuntimeError, match="as it was told"):
+            block(x)
+        assert log == ["side waits for mark of main", "on side", "main waits for side"]
+    else:
+        out = block(x)
+        assert log == ["side waits for mark of main", "on side", "back", "main waits for side", "kept for main"]
+        monkeypatch.undo()
+        assert torch.equal(out, block(x))
 
 
 @pytest.mark.usefixtures("capture")
@@ -130,6 +223,28 @@ def test_a_block_may_ask_for_gradients():
     block, x = adapted(Block()), torch.randn(5, WIDTH, requires_grad=True)
     with torch.no_grad():
         assert beside.mark_input(x, block) is x
+
+
+@pytest.mark.usefixtures("capture")
+def test_inference_mode(calls):
+    """Tensors from outside it show their changes, those made inside do not."""
+    block, changing = (adapted(make(), impl="reference") for make in (Block, InPlace))
+    x = torch.randn(5, WIDTH)
+    with torch.inference_mode():
+        block(x)
+        assert len(calls) == 1
+        changing(x)
+        block(x + 1)
+    assert len(calls) == 1
+
+
+@pytest.mark.usefixtures("capture")
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@torch.no_grad()
+def test_nothing_is_marked_inside_a_transform(calls):
+    block, x = adapted(Block(), impl="reference"), torch.randn(2, 5, WIDTH)
+    out = torch.vmap(block)(x)
+    assert not calls and torch.allclose(out, block(x), atol=1e-5) and len(calls) == 1
 
 
 @pytest.mark.usefixtures("capture")

@@ -115,6 +115,20 @@ def test_an_input_that_another_backward_freed_raises():
         loss.backward()
 
 
+def test_errors_of_a_rerun_are_those_of_the_block():
+    """Trainers that try a smaller batch look for this type."""
+    block, _ = adapted()
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    loss = checkpointed(block)(x).sum()
+
+    def fail(*_) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    block.register_forward_pre_hook(fail, prepend=True)
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        loss.backward()
+
+
 def test_an_input_without_gradient_and_a_call_by_keyword():
     block, adapter = adapted()
     x = torch.randn(5, WIDTH)

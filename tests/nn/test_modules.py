@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mtlora_kernels as mk
+from mtlora_kernels.dispatch import IMPLS
 
 STYLES = ("lowrank", "bottleneck", "adaptformer")
 ACTIVATIONS = {"lowrank": None, "bottleneck": "relu", "adaptformer": "relu"}
@@ -195,6 +196,9 @@ def test_repr_shows_the_settings():
         ({"num_experts": 129}, r"num_experts is 129, it must be in \[1, 128\]"),
         ({"dropout": 1.0}, r"dropout is 1.0, it must be in \[0, 1\)"),
         ({"style": "moe"}, "style is 'moe'"),
+        ({"numerics": "fp16"}, r"numerics is 'fp16', it must be one of \('fp32', 'eager'\)"),
+        ({"compute_dtype": "bfloat16"}, r"compute_dtype is 'bfloat16', it must be one of \(None, torch.float32"),
+        ({"impl": "cudnn"}, r"impl is 'cudnn', it must be one of \(None, 'cpu'"),
         ({"num_groups": 5}, "num_groups is 5"),
         ({"num_groups": 0}, "num_groups is 0"),
         ({"group_size": 5}, "group_size is 5"),
@@ -210,6 +214,17 @@ def test_wrong_arguments_are_named(options, message):
 def test_sizes_are_ints(name):
     with pytest.raises(TypeError, match=f"{name} is float, it must be an int"):
         mk.nn.RoutedLoRA(**({"features": 16, "rank": 2, "num_experts": 4} | {name: 2.0}))
+
+
+@pytest.mark.parametrize("name", ["alpha", "dropout"])
+def test_factors_are_numbers(name):
+    with pytest.raises(TypeError, match=f"{name} is str, it must be a Python number"):
+        mk.nn.RoutedLoRA(16, 2, 4, **{name: "0.5"})
+
+
+@pytest.mark.parametrize("impl", [None, *IMPLS])
+def test_any_implementation_may_be_named_before_a_device_is_known(impl):
+    assert mk.nn.RoutedLoRA(16, 2, 4, impl=impl, device="meta").impl == impl
 
 
 def test_reset_parameters_leaves_no_load_behind():
