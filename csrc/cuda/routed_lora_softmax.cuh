@@ -29,7 +29,8 @@ __device__ float tree_sum(const float (&s)[n]) {
         return tree_sum(sums);
 }
 
-// expf(a) for -62 <= a <= 0, without its last multiplication: the exponent is added to the bits instead.
+// expf(a) for -62 <= a <= 0, without its last multiplication: the exponent is added to the bits instead. The same bits
+// for every float there and every difference of two 16-bit values: all were compared.
 __device__ inline float exp_common(float a) {
     const float t = __fmaf_rd(__saturatef(__fmaf_rn(a, 0.0057249800302088261f, 0.5f)), 252.0f, 12582786.0f);
     const float whole = t - 12582912.0f;
