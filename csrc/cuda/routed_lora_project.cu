@@ -196,8 +196,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(ProjectTile<R, RC>::
         barrier_init(empty + threadIdx.x, kWarps * 2);
     }
     if (threadIdx.x == 0) {
-        barrier_init(logits_full, kWarps);
-        barrier_init(logits_empty, kSoftmaxWarps);
+        barrier_init(logits_full, 32 * kWarps);
+        barrier_init(logits_empty, 32 * kSoftmaxWarps);
     }
     barrier_init_fence();
     cluster_meet();
@@ -253,7 +253,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(ProjectTile<R, RC>::
             left -= p.steps;
             barrier_wait(logits_empty, parity);
             write_logits<E, Tile::kPitch>(rows, logits);
-            if (lane == 0) barrier_arrive(logits_full);
+            barrier_arrive(logits_full);
             parity ^= 1;
         });
     } else {
@@ -267,8 +267,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(ProjectTile<R, RC>::
             named_barrier(1, 32 * kSoftmaxWarps);
             write_pi<E, RC, Tile::kPitch>(p, logits_at, token, min(Tile::kRows, p.tokens - token), first_group, self,
                                           kSoftmaxWarps);
-            __syncwarp();
-            if (lane == 0) barrier_arrive(logits_empty);
+            barrier_arrive(logits_empty);
             parity ^= 1;
         });
     }
