@@ -272,10 +272,7 @@ __global__ void __launch_bounds__(kThreads, 1) contract_kernel(const __grid_cons
     const int warpgroups = min(p.per_block, p.blocks - int(blockIdx.y) * p.per_block);
     const int first_token = int(blockIdx.x) * kTokens;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < p.stages; ++s) {
-            barrier_init(full + s, 1);
-            barrier_init(empty + s, 4 * uint32_t(warpgroups));
-        }
+        init_stages(full, empty, p.stages, 4 * uint32_t(warpgroups));
         barrier_init_fence();
     }
     __syncthreads();

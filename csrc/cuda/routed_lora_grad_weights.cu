@@ -262,11 +262,7 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
     const TokenTile t = token_tile<BF>(p);
     const int tiles = (t.columns + 63) / 64;
     if (threadIdx.x == 0) {
-        const int warps = 4 * min(tiles, kWarpgroups);
-        for (int s = 0; s < p.stages; ++s) {
-            barrier_init(full + s, 1);
-            barrier_init(empty + s, uint32_t(warps));
-        }
+        init_stages(full, empty, p.stages, 4 * uint32_t(min(tiles, kWarpgroups)));
         barrier_init_fence();
     }
     __syncthreads();

@@ -105,6 +105,19 @@ def test_captured_in_a_graph():
         assert_bitwise_equal(a, e, name)
 
 
+@pytest.mark.slow
+def test_more_threads_than_32_bits_count_equal_two_halves():
+    """The kernel between the products: 32 threads for the 17 experts of each of 2^27 + 4096 rows of pi."""
+    case = make_case((2**21 + 64, 64, 1024, 16, 17, 64))
+    needs = (True, False, False, False, True, False)
+    dx, _, _, _, dpi, _ = cuda_bwd.routed_lora_bwd(**case, needs=needs)
+    for rows in (slice(None, 2**20), slice(2**20, None)):
+        half = case | {name: case[name][rows] for name in ("dout", "x", "h", "pi")}
+        half_dx, _, _, _, half_dpi, _ = cuda_bwd.routed_lora_bwd(**half, needs=needs)
+        assert torch.equal(dx[rows], half_dx)
+        assert torch.equal(dpi[rows], half_dpi)
+
+
 def test_no_tokens():
     case = make_case((0, 256, 256, 16, 16, 2))
     for gradient in cuda_bwd.routed_lora_bwd(**case, needs=(True, True, True, True, False, False))[:4]:
