@@ -121,10 +121,11 @@ struct Carver {
 Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     const bool needs_rows = f.dx.data || f.dlora_a.data || f.drouter.data;
     const bool needs_dw = f.dpi.data || f.dexpert_scale.data || (needs_rows && f.router.data);
-    const int64_t pairs = f.tokens * f.groups, blocks = ceil_div(f.experts * f.rank, 128);
+    const bool routes = contract_routes(f);
+    const int64_t pairs = f.tokens * f.groups;
     Buffers w;
-    w.dw = static_cast<float*>(carver.take(needs_dw, pairs * f.experts * 4));
-    w.dh = static_cast<float*>(carver.take(needs_rows, blocks * f.tokens * f.rank * 4));
+    w.dw = static_cast<float*>(carver.take(needs_dw && !routes, pairs * f.experts * 4));
+    w.dh = static_cast<float*>(carver.take(needs_rows && !routes, column_blocks(f) * f.tokens * f.rank * 4));
     w.chunk_sums = static_cast<float*>(carver.take(chunk_sums(f) > 0, chunk_sums(f) * 4));
     w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
     w.b_tiles = carver.take(needs_dw || needs_rows,
@@ -163,7 +164,7 @@ void launch_route(const RoutedLoraBwd& f, const Buffers& w) {
     p.log_lanes = log_lanes(f);
     p.rank = int(f.rank);
     p.padded_rank = padded_rank(f);
-    p.blocks = int(ceil_div(f.experts * f.rank, 128));
+    p.blocks = column_blocks(f);
     p.scaling = f.scaling;
     p.inverse_count = f.inverse_count;
     p.relu = f.relu;
@@ -202,10 +203,8 @@ void routed_lora_bwd(const RoutedLoraBwd& f) {
     Carver carver{static_cast<char*>(f.workspace)};
     const Buffers w = carve(f, carver);
     pack(f, w);
-    if (w.dw || w.dh) {
-        contract(f, w);
-        route(f, w);
-    }
+    if (w.b_tiles) contract(f, w);
+    if (w.dw || w.dh) route(f, w);
     if (f.dlora_b.data) grad_b(f, w);
     if (f.dlora_a.data || f.drouter.data) grad_rows(f, w);
     if (f.dx.data) grad_x(f, w);  // last: what it writes leaves L2 while others read
