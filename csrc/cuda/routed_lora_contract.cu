@@ -5,6 +5,8 @@
 // which fall out of step by themselves: one multiplies while the others sum. A warp copies tiles of outputs and of pi
 // by TMA; a warpgroup turns each group's d(w), which the others leave in shared memory, into d(logits) or stores it.
 #include <cuda_runtime.h>
+#include <stdlib.h>
+#include <string.h>
 
 #include <stdexcept>
 
@@ -24,12 +26,22 @@ constexpr int kMaxStages = 9;                // five for two warpgroups; nine an
 constexpr int kPiStages = 3, kDwStages = 2;  // groups of pi and of d(w) in shared memory
 constexpr int kPiRow = kTokens * 2;          // bytes of an expert in a tile of pi
 constexpr int kFinishRows = 3 * 32;          // tokens that three warps keep d(logits) of, two sixteens each
-constexpr int kRun = 4;                      // groups of d(logits) stored at once; even, so that runs start on 4 bytes
+constexpr int kRun = 4;                      // groups of d(logits) stored at once: 8 bytes an expert
+
+// Words of a run of one token, with room for `padded` experts in its last group: twice an odd number, so that tokens
+// are on different banks.
+__host__ __device__ constexpr int run_words(int experts, int padded) {
+    return (((kRun - 1) * experts + padded + 3) / 4 | 1) * 2;
+}
+
+inline bool probe(const char* v) {
+    return getenv("MTLORA_PROBE") && strstr(getenv("MTLORA_PROBE"), v);
+}
 
 // Of a block with `warpgroups` that multiply.
-template <int R, int warpgroups>
+template <int R, int warpgroups, int depth>
 struct Plan {
-    static constexpr int kDepth = warpgroups == 2 ? 64 : 32;                            // outputs a step
+    static constexpr int kWarpgroups = warpgroups, kDepth = depth;                      // depth: outputs a step
     static constexpr int kDoutBytes = kTokens * kDepth * 2, kHalfBytes = kDepth * 128;  // half: of 128 columns
     static constexpr int kExperts = warpgroups * (kColumns / R);
     static constexpr int kDwPitch = kExperts + 4;  // floats of a token
@@ -51,6 +63,7 @@ struct ContractArgs {
     int steps;                // tiles of outputs in a group
     int blocks, tile_blocks;  // of columns: live ones, those in b_tiles
     int halves;               // of blocks, live ones
+    int copied;               // bytes of a half: without the rows beyond a group that is one step
     int per_block;            // a block's: one for each multiplying warpgroup
     int tile_experts;         // in pi_tiles
     int padded_rank, padded_experts;
@@ -60,17 +73,16 @@ struct ContractArgs {
 
 // A block's shared memory: rings of tiles, of pi and of d(w), d(logits) on their way out, constants of each expert.
 struct Shared {
-    char *tiles, *pi;
+    char *tiles, *pi, *logits;
     float* dw;
-    uint32_t* logits;
     float *scale, *factor, *load;
     uint64_t *full, *empty, *pi_full, *pi_empty, *dw_full, *dw_empty;
 
     __device__ Shared(const ContractArgs& p, char* base)
         : tiles(base),
           pi(base + p.pi_at),
+          logits(base + p.logits_at),
           dw(reinterpret_cast<float*>(base + p.dw_at)),
-          logits(reinterpret_cast<uint32_t*>(base + p.logits_at)),
           scale(reinterpret_cast<float*>(base + p.constants_at)),
           factor(scale + 32),
           load(factor + 32),
@@ -102,9 +114,8 @@ __device__ inline float exchange(const float (&v)[2], int lane, int mask) {
     return (second ? v[1] : v[0]) + sent;
 }
 
-template <class E, int R, int warpgroups, int kExperts>
+template <class E, int R, class P, int kExperts>
 struct Multiply {
-    using P = Plan<R, warpgroups>;
     static constexpr int kValues = kExperts * R / 2;
     using Accumulators = float[kValues];  // c[4 j + 2 row + b] is column 8 j + 2 q + b
 
@@ -199,6 +210,7 @@ struct Multiply {
         };
         Run* const to = reinterpret_cast<Run*>(dw_at + dw_ring.stage * (kTokens * P::kDwPitch));
         barrier_wait(s.dw_empty + dw_ring.stage, dw_ring.parity ^ 1);
+        const int live = valid - (lane & 1 ? kHalf : 0);  // 0 times an infinity of h is not nothing either
         Run run;
 #pragma unroll
         for (int e = 0; e < kHalf; ++e) {
@@ -213,7 +225,7 @@ struct Multiply {
                 }
                 halves[b] = exchange(of_row, lane, 1);
             }
-            run.v[e % kRunExperts] = halves[0] + halves[1];
+            run.v[e % kRunExperts] = e < live ? halves[0] + halves[1] : 0.0f;
             if (e % kRunExperts == kRunExperts - 1) to[e / kRunExperts] = run;
         }
         arrive(s.dw_full + dw_ring.stage);
@@ -354,43 +366,60 @@ struct Finish {
         }
     }
 
-    // d(logits) = pi (d(pi) - sum over N of pi d(pi)): two threads a token take the even and the odd experts.
-    __device__ void route(int group, int first_row, const float* dw, const char* pi_tile) {
-        const int row = first_row + lane / 2, odd = lane % 2;
-        const int words = kRun * p.experts / 2 | 1;  // of a token: rows on different banks
-        uint32_t* const staged = s.logits + (threadIdx.x / 32 % 4 - 1 + first_row / 48 * 3) * 16 * words;  // the warp's
+    // d(logits) = pi (d(pi) - sum over N of pi d(pi)): two threads a token take the even and the odd experts. Those
+    // beyond N, whose pi and d(w) are 0, overwrite what the next group writes after them.
+    __device__ void route(int group, int row, const float* dw, const char* pi_tile) {
+        constexpr int kHalf = kExperts / 2;
+        const int odd = lane % 2, words = run_words(p.experts, kExperts);
+        char* const staged = s.logits + (threadIdx.x / 32 % 4 - 1 + row / 48 * 3) * 16 * words * 4;  // the warp's
         const float* const from = dw + lane / 2 * pitch + odd;
-        const E* const weights = reinterpret_cast<const E*>(pi_tile) + odd * kTokens + row;
-        float dpi[kExperts / 2], pi[kExperts / 2], sum[kExperts / 2];
+        const E* const weights = reinterpret_cast<const E*>(pi_tile) + odd * kTokens + row + lane / 2;
+        float dpi[kHalf], pi[kHalf], sum[kHalf];
 #pragma unroll
-        for (int i = 0; i < kExperts / 2; ++i) {
-            const int e = 2 * i + odd;
-            pi[i] = e < p.experts ? to_float(weights[2 * i * kTokens]) : 0.0f;
-            dpi[i] = from[2 * i] * (p.scale ? s.factor[e] : p.scaling);
-            if (p.dload) dpi[i] = dpi[i] + s.load[e];
-            // The tree is one over N padded to a power of two by 0; -0 changes nothing.
-            sum[i] = e < p.experts ? pi[i] * dpi[i] : e < p.padded_experts ? 0.0f : -0.0f;
+        for (int i = 0; i < kHalf; ++i) dpi[i] = from[2 * i];
+        if (p.scale) {
+#pragma unroll
+            for (int i = 0; i < kHalf; ++i) dpi[i] = dpi[i] * s.factor[2 * i + odd];
+        } else {
+#pragma unroll
+            for (int i = 0; i < kHalf; ++i) dpi[i] = dpi[i] * p.scaling;
+        }
+        if (p.dload) {
+#pragma unroll
+            for (int i = 0; i < kHalf; ++i) dpi[i] = dpi[i] + s.load[2 * i + odd];
+        }
+#pragma unroll
+        for (int i = 0; i < kHalf; ++i) {
+            pi[i] = to_float(weights[2 * i * kTokens]);
+            sum[i] = pi[i] * dpi[i];
+        }
+        if (p.padded_experts < kExperts) {  // the tree pads N to a power of two by 0; -0 changes nothing
+            const int padded = (p.padded_experts + 1 - odd) / 2;
+#pragma unroll
+            for (int i = 0; i < kHalf; ++i) sum[i] = i < padded ? sum[i] : -0.0f;
         }
         float total = tree_sum(sum);
         total = total + __shfl_xor_sync(~0u, total, 1);
-        E* const to = reinterpret_cast<E*>(staged + lane / 2 * words) + group % kRun * p.experts + odd;
+        E* const to = reinterpret_cast<E*>(staged + lane / 2 * words * 4) + group % kRun * p.experts + odd;
 #pragma unroll
-        for (int i = 0; i < kExperts / 2; ++i) {
-            if (2 * i + odd < p.experts) to[2 * i] = rounded<E>(pi[i] * (dpi[i] - total));
-        }
+        for (int i = 0; i < kHalf; ++i) to[2 * i] = rounded<E>(pi[i] * (dpi[i] - total));
         if (group % kRun == kRun - 1 || group == p.groups - 1) {
             __syncwarp();
-            store_run(staged, words, tile + first_row, group - group % kRun, group % kRun + 1);
+            store_run(staged, words, tile + row, group - group % kRun, group % kRun + 1);
         }
     }
 
-    __device__ void store_run(const uint32_t* from, int words, int64_t token, int group, int groups) {
-        const int used = (groups * p.experts + 1) / 2;
-        uint32_t* to = static_cast<uint32_t*>(p.rows) + (token * p.pitch + p.padded_rank + group * p.experts) / 2;
+    // At most N pieces of 8 bytes a token; the last may reach into the padding of the rows.
+    __device__ void store_run(const char* staged, int words, int64_t token, int group, int groups) {
+        if (4 * lane >= groups * p.experts) return;
+        const int rows = int(min(int64_t(16), p.tokens - token));
+        const uint2* from = reinterpret_cast<const uint2*>(staged) + lane;
+        uint2* to =
+            reinterpret_cast<uint2*>(static_cast<E*>(p.rows) + token * p.pitch + p.padded_rank + group * p.experts) +
+            lane;
 #pragma unroll 4
-        for (int i = 0; i < 16; ++i, from += words, to += p.pitch / 2) {
-            if (token + i >= p.tokens) break;
-            for (int word = lane; word < used; word += 32) to[word] = from[word];
+        for (int i = 0; i < 16; ++i, from += words / 2, to += p.pitch / 4) {
+            if (i < rows) *to = *from;
         }
     }
 };
@@ -400,7 +429,8 @@ template <class P, int R>
 __device__ void load(const ContractArgs& p, const Shared& s, int live) {
     const int first = int(blockIdx.y) * p.per_block, halves = min(2 * live, p.halves - 2 * first);
     const int64_t pitch = int64_t(p.tile_blocks) * kWeightTileBytes;  // of 64 outputs
-    const uint32_t pi_bytes = uint32_t(p.per_block) * (kColumns / R) * kPiRow;
+    const uint32_t pi_bytes =
+        uint32_t(p.rows ? P::kExperts : p.per_block * (kColumns / R)) * kPiRow;  // all that is summed
     const char* from = p.b_tiles + first * kWeightTileBytes;
     const char* pi_from = p.pi_tiles + (int64_t(blockIdx.x) * p.tile_experts + first * (kColumns / R)) * kPiRow;
     Ring ring, pi_ring;
@@ -417,12 +447,12 @@ __device__ void load(const ContractArgs& p, const Shared& s, int live) {
             uint64_t* const barrier = s.full + ring.stage;
             const int output = step * P::kDepth;
             barrier_wait(s.empty + ring.stage, ring.parity ^ 1);
-            barrier_expect(barrier, uint32_t(P::kDoutBytes + halves * P::kHalfBytes));
+            barrier_expect(barrier, uint32_t(P::kDoutBytes + halves * p.copied));
             tma_load(tile, &p.dout, barrier, output, group, int(blockIdx.x) * kTokens);
             const char* const at = from + output / 64 * pitch + output % 64 * 128;
             for (int half = 0; half < halves; ++half) {
                 bulk_load(tile + P::kDoutBytes + half * P::kHalfBytes, at + half * (kWeightTileBytes / 2),
-                          P::kHalfBytes, barrier);
+                          uint32_t(p.copied), barrier);
             }
             ring.advance(p.stages);
         }
@@ -430,10 +460,8 @@ __device__ void load(const ContractArgs& p, const Shared& s, int live) {
     }
 }
 
-template <class E, int R, int warpgroups>
-__global__ void __launch_bounds__(Plan<R, warpgroups>::kThreads, 1)
-    contract_kernel(const __grid_constant__ ContractArgs p) {
-    using P = Plan<R, warpgroups>;
+template <class E, int R, class P>
+__global__ void __launch_bounds__(P::kThreads, 1) contract_kernel(const __grid_constant__ ContractArgs p) {
     constexpr int kExperts = kColumns / R, kFew = kExperts < 8 ? 2 : kExperts / 4;
     extern __shared__ char raw[];
     const Shared s(p, raw + (1024 - smem_address(raw) % 1024) % 1024);
@@ -448,6 +476,13 @@ __global__ void __launch_bounds__(Plan<R, warpgroups>::kThreads, 1)
         }
         barrier_init_fence();
     }
+    for (int i = threadIdx.x; i < kDwStages * kTokens * P::kDwPitch; i += P::kThreads) s.dw[i] = 0;
+    if (p.copied < P::kHalfBytes) {  // rows that no copy reaches
+        for (int i = 16 * threadIdx.x; i < p.pi_at; i += 16 * P::kThreads) {
+            *reinterpret_cast<uint4*>(s.tiles + i) = {0, 0, 0, 0};
+        }
+        fence_async_proxy();
+    }
     grid_dependency_wait();
     launch_dependents();
     const int first = int(blockIdx.y) * p.per_block * kExperts, expert = threadIdx.x;
@@ -461,7 +496,7 @@ __global__ void __launch_bounds__(Plan<R, warpgroups>::kThreads, 1)
     __syncthreads();
 
     const int warpgroup = uniform(threadIdx.x / 128);
-    if (warpgroup == warpgroups) {
+    if (warpgroup == P::kWarpgroups) {
         if constexpr (P::kMovesRegisters) shrink_registers<64>();
         if (threadIdx.x % 128 == 0) load<P, R>(p, s, live);
         if (threadIdx.x % 128 >= 32 && p.sums_w) {
@@ -473,15 +508,14 @@ __global__ void __launch_bounds__(Plan<R, warpgroups>::kThreads, 1)
         if (warpgroup >= live) return;
         const int valid = min(kExperts, p.experts - first - warpgroup * kExperts);
         if (kFew < kExperts && valid <= kFew)
-            Multiply<E, R, warpgroups, kFew>(p, s, warpgroup, valid).run(live);
+            Multiply<E, R, P, kFew>(p, s, warpgroup, valid).run(live);
         else
-            Multiply<E, R, warpgroups, kExperts>(p, s, warpgroup, valid).run(live);
+            Multiply<E, R, P, kExperts>(p, s, warpgroup, valid).run(live);
     }
 }
 
-template <class E, int R, int warpgroups>
+template <class E, int R, class P>
 void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
-    using P = Plan<R, warpgroups>;
     const int64_t size = f.d_out / f.groups, tiles = ceil_div(f.tokens, kTokens);
     ContractArgs p = {};
     p.dout = tensor_map(f.dout.data, f.compute_dtype,
@@ -510,12 +544,13 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     p.steps = int(ceil_div(size, P::kDepth));
     p.blocks = column_blocks(f);
     p.halves = int(ceil_div(f.experts * R, kColumns / 2));
+    p.copied = p.steps == 1 && !probe("notrim") ? int(size) * 128 : P::kHalfBytes;
     p.tile_blocks = weight_blocks(f);
     p.per_block = contract_blocks(f);
     p.tile_experts = tile_experts(f);
     p.padded_rank = padded_rank(f);
     p.stage_bytes = P::kDoutBytes + p.per_block * 2 * P::kHalfBytes;
-    const int logits = routes && p.sums_w ? kFinishRows * (kRun * p.experts / 2 | 1) * 4 : 0;
+    const int logits = routes && p.sums_w ? kFinishRows * run_words(p.experts, P::kExperts) * 4 : 0;
     const auto bytes = [&] {
         p.pi_at = p.stages * p.stage_bytes;
         p.dw_at = p.pi_at + kPiStages * P::kExperts * kPiRow;
@@ -526,28 +561,31 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     };
     for (p.stages = kMaxStages; bytes() > kMaxSharedBytes;) --p.stages;
     const dim3 grid(unsigned(tiles), unsigned(ceil_div(p.blocks, p.per_block)));
-    launch<contract_kernel<E, R, warpgroups>>("routed_lora contract", grid, P::kThreads, bytes(), f.stream, true, p);
+    launch<contract_kernel<E, R, P>>("routed_lora contract", grid, P::kThreads, bytes(), f.stream, true, p);
 }
 
 template <class E, int R>
-void choose_warpgroups(const RoutedLoraBwd& f, const Buffers& w) {
-    if constexpr (R > 8) {  // 32 experts of rank 8 are two blocks of columns
-        if (contract_blocks(f) > 2) return launch_contract<E, R, 4>(f, w);
+void choose_plan(const RoutedLoraBwd& f, const Buffers& w) {
+    if constexpr (R == 16 || R == 32) {  // 32 experts of rank 8 are two blocks of columns; rank 64 takes more registers
+        if (contract_blocks(f) > 2) return launch_contract<E, R, Plan<R, 4, 32>>(f, w);
     }
-    launch_contract<E, R, 2>(f, w);
+    if (f.d_out / f.groups <= 32 && !probe("d64"))
+        launch_contract<E, R, Plan<R, 2, 32>>(f, w);
+    else
+        launch_contract<E, R, Plan<R, 2, 64>>(f, w);
 }
 
 template <class E>
 void choose_rank(const RoutedLoraBwd& f, const Buffers& w) {
     switch (f.rank) {
         case 8:
-            return choose_warpgroups<E, 8>(f, w);
+            return choose_plan<E, 8>(f, w);
         case 16:
-            return choose_warpgroups<E, 16>(f, w);
+            return choose_plan<E, 16>(f, w);
         case 32:
-            return choose_warpgroups<E, 32>(f, w);
+            return choose_plan<E, 32>(f, w);
         case 64:
-            return choose_warpgroups<E, 64>(f, w);
+            return choose_plan<E, 64>(f, w);
         default:
             throw std::runtime_error("routed_lora contract: rank must be 8, 16, 32 or 64");
     }
@@ -559,11 +597,11 @@ void choose_rank(const RoutedLoraBwd& f, const Buffers& w) {
 int contract_blocks(const RoutedLoraBwd& f) {
     const int blocks = column_blocks(f);
     if (blocks == 1 || ceil_div(f.tokens, kTokens) * blocks <= multiprocessors()) return 1;
-    return blocks <= 4 ? blocks : 2;
+    return blocks <= (f.rank < 64 ? 4 : 2) ? blocks : 2;
 }
 
 bool contract_routes(const RoutedLoraBwd& f) {
-    return contract_blocks(f) == column_blocks(f) && !f.dpi.data && !f.dexpert_scale.data;
+    return contract_blocks(f) == column_blocks(f) && !f.dpi.data && !f.dexpert_scale.data && !probe("unfused");
 }
 
 void contract(const RoutedLoraBwd& f, const Buffers& w) {
