@@ -58,12 +58,12 @@ __device__ inline void pack_pi(const PackArgs& p, int tile, int slab) {
         }
     }
     __syncthreads();
-    for (int i = warp; i < groups * p.padded_experts; i += kThreads / 32) {
-        const int g = i / p.padded_experts, expert = i - g * p.padded_experts;
-        const uint16_t* const pair = staged + 2 * lane * kPitch + g * p.experts + expert;
-        const bool live = expert < p.experts;
-        uint32_t* const to = p.pi_tiles + ((int64_t(group + g) * p.tiles + tile) * p.padded_experts + expert) * 32;
-        to[lane] = live ? pair[0] | uint32_t(pair[kPitch]) << 16 : 0;
+    for (int g = 0; g < groups; ++g) {
+        const uint16_t* const pair = staged + 2 * lane * kPitch + g * p.experts;
+        uint32_t* const to = p.pi_tiles + (int64_t(group + g) * p.tiles + tile) * p.padded_experts * 32 + lane;
+        for (int expert = warp; expert < p.padded_experts; expert += kThreads / 32) {
+            to[expert * 32] = expert < p.experts ? pair[expert] | uint32_t(pair[kPitch + expert]) << 16 : 0;
+        }
     }
 }
 
