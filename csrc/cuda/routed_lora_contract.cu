@@ -61,7 +61,9 @@ struct Multiply {
         dw_at = (row + (lane & 2 ? 8 : 0)) * P::kDwPitch + first + (lane & 1 ? kExperts / 2 : 0);
         // Matrix i of eight tokens: a pair of experts for each of the four threads that share a token.
         const int matrix = lane / 8 % kExperts, pair = matrix % (kExperts / 2), second = matrix / (kExperts / 2);
-        pi_at = (first + 2 * pair + lane % 2) * kPiRow + threadIdx.x / 32 % 4 * 32 + second * 16;
+        const int expert = first + 2 * pair + lane % 2, unit = threadIdx.x / 32 % 4 * 2 + second;
+        const int number = int(blockIdx.y) * p.per_block * P::kBlockExperts + expert;
+        pi_at = uint32_t(expert * kPiRow + (unit ^ number % 8) * 16);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int64_t t = token + 8 * i;
@@ -118,7 +120,7 @@ struct Multiply {
             float v[kRunExperts];
         };
         Run* const to = reinterpret_cast<Run*>(s.dw(group) + dw_at);
-        barrier_wait(s.dw_empty(group), parity<kDwStages>(group) ^ 1);
+        barrier_wait(s.dw_empty(group), parity<P::kDwStages>(group) ^ 1);
         const int live = valid - (lane & 1 ? kHalf : 0);  // 0 times an infinity of h is not nothing either
         Run run;
 #pragma unroll
@@ -149,7 +151,7 @@ struct Multiply {
             const int second = 4 * i / (kExperts / 2), pair = 4 * i % (kExperts / 2);
             uint32_t m[4];
             load_matrices<true>(
-                m, smem_address(s.pi(group)) + pi_at + (kExperts > 4 ? second * 16 + pair * 2 * kPiRow : 0));
+                m, smem_address(s.pi(group)) + (kExperts > 4 ? (pi_at ^ second * 16) + pair * 2 * kPiRow : pi_at));
 #pragma unroll
             for (int n = 0; n < 4; ++n) pairs[4 * i + n] = m[n];
         }
@@ -241,7 +243,7 @@ __global__ void __launch_bounds__(P::kThreads, 1) contract_kernel(const __grid_c
         const uint32_t multiplying = 4 * uint32_t(live);
         init_stages(s.full(0), s.empty(0), p.stages, multiplying);
         init_stages(s.pi_full(0), s.pi_empty(0), kPiStages, multiplying + (p.rows && p.sums_w ? 4 : 0));
-        for (int i = 0; i < kDwStages; ++i) {
+        for (int i = 0; i < P::kDwStages; ++i) {
             barrier_init(s.dw_full(i), multiplying);
             barrier_init(s.dw_empty(i), 4);
         }

@@ -12,10 +12,10 @@
 namespace mtlora::cuda {
 
 constexpr int kTokens = 64;
-constexpr int kColumns = 128;                // of a warpgroup: one block of the sum over experts in the reference
-constexpr int kMaxStages = 9;                // five for two warpgroups; nine and no clusters: 18 to 14 us at T = 512
-constexpr int kPiStages = 4, kDwStages = 2;  // groups of pi and of d(w) in shared memory
-constexpr int kPiRow = kTokens * 2;          // bytes of an expert in a tile of pi
+constexpr int kColumns = 128;        // of a warpgroup: one block of the sum over experts in the reference
+constexpr int kMaxStages = 9;        // five for two warpgroups; nine and no clusters: 18 to 14 us at T = 512
+constexpr int kPiStages = 4;         // groups of pi in shared memory
+constexpr int kPiRow = kTokens * 2;  // bytes of an expert in a tile of pi
 
 // Of a block with `warpgroups` that multiply, `depth` outputs a step.
 template <int rank, int warpgroups, int depth>
@@ -29,6 +29,7 @@ struct Plan {
     static constexpr int kPiBytes = kExperts * kPiRow;
     static constexpr int kDwPitch = kExperts % 16 ? kExperts : kExperts + 8;  // rows of eight tokens on all banks
     static constexpr int kDwFloats = kTokens * kDwPitch;
+    static constexpr int kDwStages = depth == 64 ? 2 : 4;  // groups of d(w)
     static constexpr int kPiAt = 1024, kDwAt = kPiAt + kPiStages * kPiBytes;
     static constexpr int kTilesAt = kDwAt + kDwStages * kDwFloats * 4;
 };
@@ -65,12 +66,14 @@ struct Shared {
     __device__ uint64_t* full(int stage) const { return barrier(stage); }
     __device__ uint64_t* empty(int stage) const { return barrier(kMaxStages + stage); }
     __device__ uint64_t* pi_full(unsigned group) const { return barrier(2 * kMaxStages + group % kPiStages); }
-    __device__ uint64_t* pi_empty(unsigned group) const { return barrier(2 * kMaxStages + kPiStages + group % kPiStages); }
+    __device__ uint64_t* pi_empty(unsigned group) const {
+        return barrier(2 * kMaxStages + kPiStages + group % kPiStages);
+    }
     __device__ uint64_t* dw_full(unsigned group) const {
-        return barrier(2 * kMaxStages + 2 * kPiStages + group % kDwStages);
+        return barrier(2 * kMaxStages + 2 * kPiStages + group % P::kDwStages);
     }
     __device__ uint64_t* dw_empty(unsigned group) const {
-        return barrier(2 * kMaxStages + 2 * kPiStages + kDwStages + group % kDwStages);
+        return barrier(2 * kMaxStages + 2 * kPiStages + P::kDwStages + group % P::kDwStages);
     }
     __device__ float* constants(int which) const { return reinterpret_cast<float*>(base + 512) + which * 32; }
     __device__ float* scale() const { return constants(0); }
@@ -82,7 +85,7 @@ struct Shared {
     }
     __device__ char* pi(unsigned group) const { return base + P::kPiAt + group % kPiStages * P::kPiBytes; }
     __device__ float* dw(unsigned group) const {
-        return reinterpret_cast<float*>(base + P::kDwAt) + group % kDwStages * P::kDwFloats;
+        return reinterpret_cast<float*>(base + P::kDwAt) + group % P::kDwStages * P::kDwFloats;
     }
     __device__ char* tiles() const { return base + P::kTilesAt; }
 };
@@ -198,19 +201,23 @@ struct Finish {
 
     __device__ void run(int live) {
         Load<P> load(p, s, live);
+        const int steps = p.groups * p.steps;
+        if (warp == 0) load.until(min(min(p.stages, kPiStages * p.steps), steps));
         for (int group = 0; group < p.groups; ++group) {
-            if (warp == 0) {  // all of this group; and what of others has room once the group before is summed
-                const int ahead = min(group * p.steps + p.stages, (group + kPiStages) * p.steps);
-                load.until(min(max((group + 1) * p.steps, ahead), p.groups * p.steps));
-            }
+            if (warp == 0) load.until((group + 1) * p.steps);
             if (!p.sums_w) continue;
+            barrier_wait(s.dw_full(group), parity<P::kDwStages>(group));
+            if (warp == 0) {  // what has room, as all products of this group are summed
+                load.until(min(min((group + 1) * p.steps + p.stages, (group + kPiStages) * p.steps), steps));
+            }
             if (p.rows) {
                 barrier_wait(s.pi_full(group), parity<kPiStages>(group));
-                barrier_wait(s.dw_full(group), parity<kDwStages>(group));
-                route(group);
+                if (p.scale || p.dload)
+                    route<true>(group);
+                else
+                    route<false>(group);
                 warp_arrive(s.pi_empty(group));
             } else {
-                barrier_wait(s.dw_full(group), parity<kDwStages>(group));
                 store(group, live * P::kBlockExperts);
             }
             warp_arrive(s.dw_empty(group));
@@ -230,6 +237,7 @@ struct Finish {
 
     // d(logits) = pi (d(pi) - sum over N of pi d(pi)), of experts 8 m + 2 q + b in thread q of a token. Those beyond N,
     // whose pi and d(w) are 0, are overwritten by the next group.
+    template <bool scaled>
     __device__ void route(int group) {
         constexpr int kLoads = kRuns < 2 ? 1 : kRuns / 2;
         uint32_t weights[4 * kLoads];  // of the first eight tokens, then of the others
@@ -237,7 +245,8 @@ struct Finish {
         for (int i = 0; i < kLoads; ++i) {
             const int matrix = 4 * i + lane / 8, m = matrix % kRuns, second = matrix / kRuns % 2;
             uint32_t w[4];
-            load_matrices<true>(w, smem_address(s.pi(group)) + (8 * m + lane % 8) * kPiRow + 32 * warp + 16 * second);
+            load_matrices<true>(w, smem_address(s.pi(group)) +
+                                       swizzled<128>(uint32_t((8 * m + lane % 8) * kPiRow + 32 * warp + 16 * second)));
 #pragma unroll
             for (int n = 0; n < 4; ++n) weights[4 * i + n] = w[n];
         }
@@ -261,8 +270,8 @@ struct Finish {
 #pragma unroll
                 for (int m = 0; m < kRuns; ++m) {
                     const int e = 8 * m + 2 * q + b;
-                    dpi[m][b] = dpi[m][b] * (p.scale ? s.factor()[e] : p.scaling);
-                    if (p.dload) dpi[m][b] = dpi[m][b] + s.load()[e];
+                    dpi[m][b] = dpi[m][b] * (scaled ? s.factor()[e] : p.scaling);
+                    if (scaled && p.dload) dpi[m][b] = dpi[m][b] + s.load()[e];
                     sum[m] = pi[m][b] * dpi[m][b];
                 }
                 if (p.padded_experts < P::kExperts) {  // the tree pads N to a power of two by 0; -0 changes nothing

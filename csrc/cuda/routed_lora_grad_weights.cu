@@ -171,8 +171,8 @@ struct MixedH {
         rows = uint32_t((lane / 16 * 8 + lane % 8) * pitch + (lane & 8 ? high : low) * 2);
         rows ^= ((rows >> 7) & (pitch / 16 - 1)) << 4;
         // Every row of a matrix of pi is the same run of eight tokens.
-        weight = kTokens * pitch + uint32_t(two_experts ? (expert + matrix % 2) * kWeightRow + matrix / 2 * 16
-                                                        : expert * kWeightRow + matrix * 16);
+        const int row = two_experts ? expert + matrix % 2 : expert, run = two_experts ? matrix / 2 : matrix;
+        weight = uint32_t(kTokens * pitch + row * kWeightRow + (run ^ (t.column / p.rank + row) % 8) * 16);
         for (int i = 0; i < 2; ++i) {
             const int n = t.column / p.rank + expert + (two_experts ? i : 0);
             scale[i] = scaled && n < p.experts ? to_float(static_cast<const E*>(p.scale)[n]) : 0.0f;
@@ -192,7 +192,7 @@ struct MixedH {
     __device__ void load_weights(Weights& w, uint32_t at) const {
 #pragma unroll
         for (int i = 0; i < kWeightLoads; ++i) {
-            load_matrices<false>(w[i], at + weight + i * (two_experts ? 32 : 64));
+            load_matrices<false>(w[i], at + (weight ^ i * (two_experts ? 32 : 64)));
         }
     }
 

@@ -58,9 +58,11 @@ __device__ inline void pack_pi(const PackArgs& p, int tile, int slab) {
         }
     }
     __syncthreads();
+    static_assert(kThreads / 32 == 8);  // an expert's runs of eight tokens lie in another order, and so on other banks
+    const int at = (lane / 4 ^ warp) * 4 + lane % 4;
     for (int g = 0; g < groups; ++g) {
         const uint16_t* const pair = staged + 2 * lane * kPitch + g * p.experts;
-        uint32_t* const to = p.pi_tiles + (int64_t(group + g) * p.tiles + tile) * p.padded_experts * 32 + lane;
+        uint32_t* const to = p.pi_tiles + (int64_t(group + g) * p.tiles + tile) * p.padded_experts * 32 + at;
         for (int expert = warp; expert < p.padded_experts; expert += kThreads / 32) {
             to[expert * 32] = expert < p.experts ? pair[expert] | uint32_t(pair[kPitch + expert]) << 16 : 0;
         }
