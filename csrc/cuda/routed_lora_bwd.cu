@@ -128,8 +128,8 @@ Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
     w.dh = static_cast<float*>(carver.take(needs_rows && !routes, column_blocks(f) * f.tokens * f.rank * 4));
     w.chunk_sums = static_cast<float*>(carver.take(chunk_sums(f) > 0, chunk_sums(f) * 4));
     w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
-    w.b_tiles = carver.take(needs_dw || needs_rows,
-                            f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
+    const int64_t depth = contract_depth(f), b_steps = ceil_div(f.d_out / f.groups, depth);
+    w.b_tiles = carver.take(needs_dw || needs_rows, f.groups * b_steps * weight_blocks(f) * depth * 256);
     w.pi_tiles = carver.take(f.dlora_b.data || needs_rows, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
     w.sums = static_cast<float*>(carver.take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;

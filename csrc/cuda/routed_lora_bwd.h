@@ -13,13 +13,11 @@ struct Buffers {
     float* dw;          // [T, G, N]; pi d(w) after `route` where d(expert_scale) is asked for
     float* dh;          // [blocks of 128 columns, T, rank]
     void* rows;         // [T, row_pitch]: d(h), zeros up to padded_rank, d(logits)
-    void* b_tiles;      // [G, steps of 64 outputs, weight_blocks]: 64 outputs by 128 columns, as wgmma reads them
-    void* pi_tiles;     // [G, tiles of 64 tokens, tile_experts, 64]
+    void* b_tiles;      // [G, steps, weight_blocks]: contract_depth outputs by 128 columns, as wgmma reads them
+    void* pi_tiles;     // [G, tiles of 64 tokens, tile_experts, 64]: runs of eight tokens in the order of swizzled<128>
     float* chunk_sums;  // [chunks of tokens, columns, features] of d(lora_b), then of the rows' product
     float* sums;        // partial sums of d(expert_scale)
 };
-
-constexpr int kWeightTileBytes = 64 * 128 * 2;
 
 void pack(const RoutedLoraBwd& f, const Buffers& w);       // B and pi into tiles
 void contract(const RoutedLoraBwd& f, const Buffers& w);   // the rows, or d(w) and the parts of d(h), from dout and B
@@ -29,6 +27,7 @@ void grad_rows(const RoutedLoraBwd& f, const Buffers& w);  // d(lora_a) and d(ro
 void grad_x(const RoutedLoraBwd& f, const Buffers& w);     // from the rows, A and the router
 
 int contract_blocks(const RoutedLoraBwd& f);   // of 128 columns, that a block of `contract` multiplies
+int contract_depth(const RoutedLoraBwd& f);    // outputs of its step
 bool contract_routes(const RoutedLoraBwd& f);  // whether it makes the rows
 
 // Columns of d(h) in a row: a step of wgmma at least.

@@ -5,8 +5,6 @@
 // which fall out of step by themselves: one multiplies while the others sum. A warp copies tiles of outputs and of pi
 // by TMA; a warpgroup turns each group's d(w), which the others leave in shared memory, into d(logits) or stores it.
 #include <cuda_runtime.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include <stdexcept>
 
@@ -15,10 +13,6 @@
 
 namespace mtlora::cuda {
 namespace {
-
-inline bool probe(const char* v) {
-    return getenv("MTLORA_PROBE") && strstr(getenv("MTLORA_PROBE"), v);
-}
 
 // One of two sums of the thread and of the thread `mask` away, which gets the other: v[0] to lanes without that bit.
 __device__ inline float exchange(const float (&v)[2], int lane, int mask) {
@@ -242,16 +236,15 @@ __global__ void __launch_bounds__(P::kThreads, 1) contract_kernel(const __grid_c
     if (threadIdx.x == 0) {
         const uint32_t multiplying = 4 * uint32_t(live);
         init_stages(s.full(0), s.empty(0), p.stages, multiplying);
-        init_stages(s.pi_full(0), s.pi_empty(0), kPiStages, multiplying + (p.rows && p.sums_w ? 4 : 0));
+        init_stages(s.pi_full(0), s.pi_empty(0), kPiStages, multiplying + (p.rows && p.sums_w ? kFinishing : 0));
         for (int i = 0; i < P::kDwStages; ++i) {
             barrier_init(s.dw_full(i), multiplying);
-            barrier_init(s.dw_empty(i), 4);
+            barrier_init(s.dw_empty(i), kFinishing);
         }
         barrier_init_fence();
     }
-    // What neither copies nor products write is nothing: experts beyond those of the block, outputs beyond a group.
-    const int end = p.copied < P::kHalfBytes ? P::kTilesAt + p.stages * p.stage_bytes : P::kTilesAt;
-    for (int i = P::kPiAt + 16 * threadIdx.x; i < end; i += 16 * P::kThreads) {
+    // Experts beyond those of the block, whose pi and d(w) nothing writes, are nothing.
+    for (int i = P::kPiAt + 16 * threadIdx.x; i < P::kTilesAt; i += 16 * P::kThreads) {
         *reinterpret_cast<uint4*>(s.base + i) = {0, 0, 0, 0};
     }
     fence_async_proxy();
@@ -270,7 +263,10 @@ __global__ void __launch_bounds__(P::kThreads, 1) contract_kernel(const __grid_c
     const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == P::kWarpgroups) {
         if constexpr (P::kMovesRegisters) shrink_registers<64>();  // from 96 at the start
-        Finish<E, P>(p, s).run(live);
+        if (threadIdx.x % 128 == 0) load(p, s);
+        if (threadIdx.x % 128 >= 32 && p.sums_w) {
+            Finish<E, P>(p, s).run(first, min(live * kExperts, p.experts - first));
+        }
     } else {
         if constexpr (P::kMovesRegisters) grow_registers<104>();
         if (warpgroup >= live) return;
@@ -306,19 +302,16 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     p.sums_h = w.rows != nullptr;
     p.tokens = int(f.tokens);
     p.groups = int(f.groups);
-    p.group_size = int(size);
     p.experts = int(f.experts);
     for (p.padded_experts = 1; p.padded_experts < p.experts;) p.padded_experts *= 2;
     p.steps = int(ceil_div(size, P::kDepth));
     p.blocks = column_blocks(f);
-    p.halves = int(ceil_div(f.experts * f.rank, kColumns / 2));
-    p.copied = p.steps == 1 && !probe("notrim") ? int(size) * 128 : P::kHalfBytes;
     p.tile_blocks = weight_blocks(f);
     p.per_block = contract_blocks(f);
     p.tile_experts = tile_experts(f);
     p.padded_rank = padded_rank(f);
     p.stage_bytes = P::kDoutBytes + p.per_block * 2 * P::kHalfBytes;
-    p.run = p.experts % 2 || probe("run4") ? 4 : 2;  // whole pieces of 8 bytes
+    p.run = p.experts % 2 ? 4 : 2;  // whole pieces of 8 bytes
     const int logits = routes && p.sums_w ? kTokens * run_words(p.run, p.experts, P::kExperts) * 4 : 0;
     const auto bytes = [&] {
         p.logits_at = P::kTilesAt + p.stages * p.stage_bytes;
@@ -334,7 +327,7 @@ void choose_plan(const RoutedLoraBwd& f, const Buffers& w) {
     if constexpr (R == 16 || R == 32) {  // 32 experts of rank 8 are two blocks of columns; rank 64 takes more registers
         if (contract_blocks(f) > 2) return launch_contract<E, Plan<R, 4, 32>>(f, w);
     }
-    if (f.d_out / f.groups <= 32 && !probe("d64"))
+    if (contract_depth(f) == 32)
         launch_contract<E, Plan<R, 2, 32>>(f, w);
     else
         launch_contract<E, Plan<R, 2, 64>>(f, w);
@@ -365,8 +358,12 @@ int contract_blocks(const RoutedLoraBwd& f) {
     return blocks <= (f.rank < 64 ? 4 : 2) ? blocks : 2;
 }
 
+int contract_depth(const RoutedLoraBwd& f) {
+    return contract_blocks(f) > 2 || f.d_out / f.groups <= 32 ? 32 : 64;
+}
+
 bool contract_routes(const RoutedLoraBwd& f) {
-    return contract_blocks(f) == column_blocks(f) && !f.dpi.data && !f.dexpert_scale.data && !probe("unfused");
+    return contract_blocks(f) == column_blocks(f) && !f.dpi.data && !f.dexpert_scale.data;
 }
 
 void contract(const RoutedLoraBwd& f, const Buffers& w) {

@@ -6,8 +6,6 @@
 // features, up to 384 columns and one chunk of tokens. The sums of the chunks go through L2 to `add_chunks`: as a
 // cluster they could add through shared memory, but 32 clusters of 4 do not fit the GPU at once, and ran as two waves.
 #include <cuda_runtime.h>
-#include <stdlib.h>
-#include <string.h>
 
 #include <algorithm>
 
@@ -28,10 +26,6 @@ constexpr int kWeightRow = kTokens * 2;  // bytes of an expert in a tile of pi
 constexpr int kAddThreads = 128;
 constexpr int kSmallGroups = 4;  // of up to 32 outputs that a block of grad_b takes at once
 
-inline bool probe(const char* v) {
-    return getenv("MTLORA_PROBE") && strstr(getenv("MTLORA_PROBE"), v);
-}
-
 // Row tiles of the transposed product, 64 columns each. grad_b (`mixed`): one a warpgroup, which builds its next piece
 // of z while the others multiply. grad_rows: up to two a warpgroup, both operands from shared memory.
 template <bool mixed>
@@ -49,7 +43,7 @@ struct TokenArgs {
     const char* pi_tiles;
     const void* scale;
     float* sums;  // [chunks, width, groups * group_size]
-    int tokens, chunk, chunks, stages, stage_bytes;
+    int tokens, chunk, stages, stage_bytes;
     int feature_tiles, group_size, groups, experts, tile_experts, rank;
     int width;          // columns of the product
     int block_columns;  // of a block
@@ -71,33 +65,17 @@ struct TokenTile {
     int columns;  // live ones
 };
 
-__device__ inline TokenTile token_tile(const TokenArgs& p, int group, int feature, int column, int columns, int chunk) {
-    TokenTile t = {group, feature, column, chunk, chunk * p.chunk};
-    t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
-    t.columns = min(columns, p.width - t.column);
-    return t;
-}
-
-// grad_b: the block's own.
 template <int BF, int kGroups>
-__device__ TokenTile block_tile(const TokenArgs& p) {
-    const int group = int(blockIdx.x) / p.feature_tiles * kGroups, feature = int(blockIdx.x) % p.feature_tiles * BF;
-    return token_tile(p, group, feature, int(blockIdx.y) * p.block_columns, p.block_columns, int(blockIdx.z));
-}
-
-// grad_rows: equal shares of all row tiles, those with the same features and chunk side by side; up to block_columns
-// of these at a time.
-template <int BF, class Work>
-__device__ void each_tile(const TokenArgs& p, Work work) {
-    const int tiles = (p.width + 63) / 64;
-    const int64_t all = int64_t(p.feature_tiles) * p.chunks * tiles;
-    const int last = int(all * (blockIdx.x + 1) / gridDim.x);
-    for (int i = int(all * blockIdx.x / gridDim.x); i < last;) {
-        const int tile = i % tiles, pair = i / tiles;
-        const int count = min(min(last - i, tiles - tile), p.block_columns / 64);
-        work(token_tile(p, 0, pair % p.feature_tiles * BF, 64 * tile, 64 * count, pair / p.feature_tiles));
-        i += count;
-    }
+__device__ TokenTile token_tile(const TokenArgs& p) {
+    TokenTile t;
+    t.group = int(blockIdx.x) / p.feature_tiles * kGroups;
+    t.feature = int(blockIdx.x) % p.feature_tiles * BF;
+    t.column = int(blockIdx.y) * p.block_columns;
+    t.chunk = int(blockIdx.z);
+    t.token = t.chunk * p.chunk;
+    t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
+    t.columns = min(p.block_columns, p.width - t.column);
+    return t;
 }
 
 // BF = features of a block; bytes of a token in a box of them, of a box, of their tile.
@@ -110,13 +88,13 @@ constexpr int kFeatureBytes = (BF + 63) / 64 * kFeatureBox<BF>;
 
 // Tiles by TMA, one thread.
 template <bool mixed, int BF, int kGroups>
-__device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
-                           Ring& ring) {
+__device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     const int boxes = mixed ? 1 : (t.columns + 63) / 64;
     const int h_bytes = kTokens * p.rank * 2, weight_bytes = Plan<mixed>::kColumns / p.rank * kWeightRow;
     const int bytes = kGroups * kFeatureBytes<BF> + (mixed ? h_bytes + kGroups * weight_bytes : boxes * kBoxBytes);
     const int64_t group_tiles = (p.tokens + kTokens - 1) / kTokens, pitch = int64_t(p.tile_experts) * kWeightRow;
     const char* weights = p.pi_tiles + t.token / kTokens * pitch + t.column / p.rank * kWeightRow;
+    Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         char* const stage = shared + ring.stage * p.stage_bytes;
         uint64_t* const barrier = full + ring.stage;
@@ -274,12 +252,13 @@ __device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* sha
 // d(A) and d(R) of `tiles` times 64 columns.
 template <class E, int BF, int tiles>
 __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
-                              int warpgroup, Ring& ring) {
+                              int warpgroup) {
     constexpr int kWarpgroups = Plan<false>::kWarpgroups;
     const uint64_t features = smem_descriptor(shared, kFeatureBox<BF>, 8 * kRowBytes<BF>, swizzle_of(kRowBytes<BF>));
     const uint64_t rows =
         smem_descriptor(shared + kFeatureBytes<BF> + warpgroup * kBoxBytes, kBoxBytes, 1024, Swizzle::b128);
-    float c[tiles][BF / 2] = {};  // left undefined, in a loop, they cost the registers of both numbers of tiles
+    float c[tiles][BF / 2];
+    Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         barrier_wait(full + ring.stage, ring.parity);
         const uint32_t stage = ring.stage * p.stage_bytes;
@@ -289,7 +268,7 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
 #pragma unroll
             for (int m = 0; m < tiles; ++m) {
                 wgmma<E, 1, 1>(c[m], advanced(rows, stage + m * kWarpgroups * kBoxBytes + k * 2048),
-                               advanced(features, stage + k * 16 * kRowBytes<BF>), true);
+                               advanced(features, stage + k * 16 * kRowBytes<BF>), step > 0 || k > 0);
             }
         }
         wgmma_commit();
@@ -303,15 +282,6 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
     for (int m = 0; m < tiles; ++m) store_sums<BF>(p, t, 0, warpgroup + m * kWarpgroups, c[m]);
 }
 
-// Warpgroups beyond the columns of a tile let its stages pass.
-__device__ inline void skip(const TokenArgs& p, const TokenTile& t, uint64_t* full, uint64_t* empty, Ring& ring) {
-    for (int step = 0; step < t.steps; ++step) {
-        barrier_wait(full + ring.stage, ring.parity);
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
-        ring.advance(p.stages);
-    }
-}
-
 template <class E, bool mixed, int BF, int kGroups>
 __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const __grid_constant__ TokenArgs p) {
     constexpr int kWarpgroups = Plan<mixed>::kWarpgroups;
@@ -319,10 +289,10 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
     char* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + p.stages * p.stage_bytes);
     uint64_t* const empty = full + kMaxStages;
-    int warpgroups = kWarpgroups;  // those that multiply
-    if constexpr (mixed) warpgroups = (block_tile<BF, kGroups>(p).columns + 63) / 64;
+    const TokenTile t = token_tile<BF, kGroups>(p);
+    const int tiles = (t.columns + 63) / 64;
     if (threadIdx.x == 0) {
-        init_stages(full, empty, p.stages, 4 * uint32_t(warpgroups));
+        init_stages(full, empty, p.stages, 4 * uint32_t(min(tiles, kWarpgroups)));
         barrier_init_fence();
     }
     __syncthreads();
@@ -330,42 +300,31 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
     launch_dependents();
 
     const int warpgroup = uniform(threadIdx.x / 128);
-    Ring ring;
     if (warpgroup == kWarpgroups) {
         shrink_registers<Plan<mixed>::kProducerRegisters>();
-        if (threadIdx.x % 128 != 0) return;
-        const auto load = [&](const TokenTile& t) { load_tiles<mixed, BF, kGroups>(p, t, shared, full, empty, ring); };
-        if constexpr (mixed)
-            load(block_tile<BF, kGroups>(p));
-        else
-            each_tile<BF>(p, load);
+        if (threadIdx.x % 128 == 0) load_tiles<mixed, BF, kGroups>(p, t, shared, full, empty);
     } else {
         grow_registers<Plan<mixed>::kConsumerRegisters>();
-        if (warpgroup >= warpgroups) return;
         if constexpr (mixed) {
-            const TokenTile t = block_tile<BF, kGroups>(p);
-            if constexpr (kGroups > 1) {  // registers for one expert a warp and no scale
-                multiply_mixed<E, BF, kGroups, false, false>(p, t, shared, full, empty, warpgroup);
-            } else {
-                if (p.rank > 8 && !p.scale)
-                    multiply_mixed<E, BF, 1, false, false>(p, t, shared, full, empty, warpgroup);
-                else if (p.rank > 8)
-                    multiply_mixed<E, BF, 1, false, true>(p, t, shared, full, empty, warpgroup);
-                else if (!p.scale)
-                    multiply_mixed<E, BF, 1, true, false>(p, t, shared, full, empty, warpgroup);
-                else
-                    multiply_mixed<E, BF, 1, true, true>(p, t, shared, full, empty, warpgroup);
+            if (warpgroup < tiles) {
+                if constexpr (kGroups > 1) {  // registers for one expert a warp and no scale
+                    multiply_mixed<E, BF, kGroups, false, false>(p, t, shared, full, empty, warpgroup);
+                } else {
+                    if (p.rank > 8 && !p.scale)
+                        multiply_mixed<E, BF, 1, false, false>(p, t, shared, full, empty, warpgroup);
+                    else if (p.rank > 8)
+                        multiply_mixed<E, BF, 1, false, true>(p, t, shared, full, empty, warpgroup);
+                    else if (!p.scale)
+                        multiply_mixed<E, BF, 1, true, false>(p, t, shared, full, empty, warpgroup);
+                    else
+                        multiply_mixed<E, BF, 1, true, true>(p, t, shared, full, empty, warpgroup);
+                }
             }
         } else {
-            each_tile<BF>(p, [&](const TokenTile& t) {
-                const int tiles = (t.columns + 63) / 64;
-                if (warpgroup + kWarpgroups < tiles)
-                    multiply_rows<E, BF, 2>(p, t, shared, full, empty, warpgroup, ring);
-                else if (warpgroup < tiles)
-                    multiply_rows<E, BF, 1>(p, t, shared, full, empty, warpgroup, ring);
-                else
-                    skip(p, t, full, empty, ring);
-            });
+            if (warpgroup + kWarpgroups < tiles)
+                multiply_rows<E, BF, 2>(p, t, shared, full, empty, warpgroup);
+            else if (warpgroup < tiles)
+                multiply_rows<E, BF, 1>(p, t, shared, full, empty, warpgroup);
         }
     }
 }
@@ -441,25 +400,19 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f) {
     p.features = tensor_map(
         features.data, f.compute_dtype,
         {{p.group_size, 1, kRowBytes<BF> / 2}, {p.groups, p.group_size, 1}, {f.tokens, features.stride[0], kTokens}});
-    p.feature_tiles = int(ceil_div(p.group_size, BF));
-    dim3 grid(unsigned(ceil_div(p.groups, kGroups) * p.feature_tiles), unsigned(ceil_div(p.width, p.block_columns)),
-              unsigned(ceil_div(f.tokens, f.token_chunk)));
-    int narrow_bytes = kTokens * int(f.rank) * 2 + kGroups * (Plan<true>::kColumns / int(f.rank)) * kWeightRow;
-    if constexpr (!mixed) {
-        const int64_t tiles = p.feature_tiles * ceil_div(p.width, 64) * ceil_div(f.tokens, f.token_chunk);
-        const int64_t blocks = std::min<int64_t>(tiles, multiprocessors()), share = ceil_div(tiles, blocks);
-        grid = dim3(unsigned(blocks));
-        p.block_columns = int(ceil_div(share, ceil_div(share, Plan<false>::kColumns / 64))) * 64;
-        narrow_bytes = int(std::min<int64_t>(p.block_columns, ceil_div(p.width, 64) * 64)) / 64 * kBoxBytes;
-    }
+    const int narrow_bytes =
+        mixed ? kTokens * int(f.rank) * 2 + kGroups * (Plan<true>::kColumns / int(f.rank)) * kWeightRow
+              : p.block_columns / 64 * kBoxBytes;
     p.stage_bytes = int(ceil_div(kGroups * kFeatureBytes<BF> + narrow_bytes, 1024) * 1024);
     constexpr int barrier_bytes = 2 * kMaxStages * 8;
     p.stages = std::min(kMaxStages, (kMaxSharedBytes - 1024 - barrier_bytes) / p.stage_bytes);
     p.tokens = int(f.tokens);
     p.chunk = int(f.token_chunk);
-    p.chunks = int(ceil_div(f.tokens, f.token_chunk));
     p.experts = int(f.experts);
     p.tile_experts = tile_experts(f);
+    p.feature_tiles = int(ceil_div(p.group_size, BF));
+    const dim3 grid(unsigned(ceil_div(p.groups, kGroups) * p.feature_tiles),
+                    unsigned(ceil_div(p.width, p.block_columns)), unsigned(ceil_div(f.tokens, f.token_chunk)));
     const int shared = 1024 + p.stages * p.stage_bytes + barrier_bytes;
     launch<token_kernel<E, mixed, BF, kGroups>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
 }
@@ -474,7 +427,7 @@ void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f) {
     };
     // Narrower where the group's tail would waste products, and where blocks would be too few. Several small groups
     // share the tiles of h.
-    if (mixed && p.group_size <= 24 && p.rank > 8 && !p.scale && !few(24, kSmallGroups) && !probe("g1"))
+    if (mixed && p.group_size <= 24 && p.rank > 8 && !p.scale && !few(24, kSmallGroups))
         launch_tokens<E, mixed, mixed ? 24 : 32, mixed ? kSmallGroups : 1>(name, p, f);
     else if (p.group_size <= 32 || few(64))
         launch_tokens<E, mixed, 32>(name, p, f);
@@ -524,7 +477,8 @@ void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     p.sums = w.chunk_sums;
     p.group_size = int(f.d_in);
     p.groups = 1;
-    p.block_columns = 64;  // of a tile; blocks share them evenly
+    const int64_t tiles = ceil_div(p.width, 64);
+    p.block_columns = int(ceil_div(tiles, ceil_div(tiles, Plan<false>::kColumns / 64))) * 64;  // the same for each
     choose_features<E, false>("routed_lora grad_rows", p, f);
     AddArgs a = {};
     a.out = f.dlora_a.data;

@@ -10,7 +10,6 @@ namespace mtlora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTileUnits = kWeightTileBytes / 16;
 constexpr int kSlabColumns = 128;         // groups x experts of pi in shared memory
 constexpr int kPitch = kSlabColumns + 1;  // of a token's: the tokens of a warp touch different banks
 
@@ -20,7 +19,7 @@ struct PackArgs {
     uint4* b_tiles;
     uint32_t* pi_tiles;
     int tokens, groups, group_size, experts, rank;
-    int steps, blocks;          // tiles of B in a group
+    int depth, steps, blocks;   // tiles of B: outputs, and those in a group
     int tiles, padded_experts;  // of pi: of 64 tokens
     int slabs, slab_groups;     // of groups, as many as fit
     int b_blocks, b_units;      // of the grid, and of 16 bytes
@@ -28,16 +27,17 @@ struct PackArgs {
 
 // One unit: eight columns of one output.
 __device__ inline void pack_b(const PackArgs& p, int unit) {
-    const int within = unit % kTileUnits, tile = unit / kTileUnits;
-    const int block = tile % p.blocks, step = tile / p.blocks % p.steps, group = tile / p.blocks / p.steps;
-    const int output = within / 8 % 64, column = block * 128 + within / 512 * 64 + within % 8 * 8;
-    const int expert = column / p.rank, at = step * 64 + output;
+    const int half_units = p.depth * 8, half = unit / half_units, within = unit % half_units;
+    const int tile = half / 2, block = tile % p.blocks, step = tile / p.blocks % p.steps;
+    const int group = tile / p.blocks / p.steps;
+    const int at = step * p.depth + within / 8, column = block * 128 + half % 2 * 64 + within % 8 * 8;
+    const int expert = column / p.rank;
     uint4 v = {0, 0, 0, 0};
     if (expert < p.experts && at < p.group_size) {
         const int64_t row = int64_t(expert) * p.groups * p.group_size + group * p.group_size + at;
         v = p.b[(row * p.rank + column % p.rank) / 8];
     }
-    p.b_tiles[int64_t(tile) * kTileUnits + (swizzled<128>(uint32_t(within % 512 * 16)) >> 4) + within / 512 * 512] = v;
+    p.b_tiles[int64_t(half) * half_units + (swizzled<128>(uint32_t(within * 16)) >> 4)] = v;
 }
 
 // 64 tokens of a few groups, `slab` of a tile: read along the experts, written along the tokens.
@@ -94,13 +94,14 @@ void pack(const RoutedLoraBwd& f, const Buffers& w) {
     p.group_size = int(f.d_out / f.groups);
     p.experts = int(f.experts);
     p.rank = int(f.rank);
-    p.steps = int(ceil_div(p.group_size, 64));
+    p.depth = contract_depth(f);
+    p.steps = int(ceil_div(p.group_size, p.depth));
     p.blocks = weight_blocks(f);
     p.tiles = int(ceil_div(f.tokens, 64));
     p.padded_experts = tile_experts(f);
     p.slab_groups = kSlabColumns / int(f.experts);
     p.slabs = int(ceil_div(f.groups, p.slab_groups));
-    if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * kTileUnits;
+    if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * p.depth * 16;
     p.b_blocks = int(ceil_div(p.b_units, kThreads));
     const int64_t blocks = p.b_blocks + (w.pi_tiles ? int64_t(p.tiles) * p.slabs : 0);
     launch<pack_kernel>("routed_lora pack", dim3(unsigned(blocks)), kThreads, 64 * kPitch * 2, f.stream, true, p);
