@@ -33,6 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     train = commands.add_parser("train", help="train on digits, reference against kernels: equal losses, time ratio")
     _add_common(train)
     train.add_argument("--steps", type=int, help="optimizer steps (default: 200, with --quick 50)")
+    train.add_argument("--size", choices=("tiny", "base"), help="of the model (default: base on a GPU without --quick)")
     train.add_argument("--spectral", type=float, default=0.0, metavar="COEF", help="add COEF * spectral_penalty")
 
     spectral = commands.add_parser(
@@ -59,7 +60,13 @@ def main() -> int:
         from . import train  # scikit-learn is needed here only
 
         return train.run(
-            device, quick=args.quick, impls=args.impl, steps=args.steps, spectral=args.spectral, save=not args.no_save
+            device,
+            quick=args.quick,
+            impls=args.impl,
+            steps=args.steps,
+            size=args.size,
+            spectral=args.spectral,
+            save=not args.no_save,
         )
     if args.command == "spectral":
         from . import spectral, spectral_report

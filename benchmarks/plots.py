@@ -122,7 +122,7 @@ def draw_train_loss(folder: Path) -> Path:
         ax.plot(*zip(*curve, strict=True), label=impl, linewidth=6 / (1 + 3 * i), color="0.75" if i == 0 else None)
     ax.set_xlabel("step")
     ax.set_ylabel("loss, mean of 15 tasks")
-    ax.set_title(newest[0]["device"], fontsize="small")
+    ax.set_title(f"{newest[0]['model']} model, {newest[0]['device']}", fontsize="small")
     ax.legend()
     figure.tight_layout()
     path = folder / "train_loss.png"

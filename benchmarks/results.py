@@ -28,14 +28,14 @@ KERNEL_FIELDS = (
     *PROVENANCE, "shape", "impl", "numerics", "measure", "step", "kernel", "p20_us", "p50_us", "p80_us",
 )  # fmt: skip
 TRAIN_FIELDS = (
-    *PROVENANCE, "impl", "steps", "p20_us", "p50_us", "p80_us", "loss_first", "loss_last",
+    *PROVENANCE, "model", "impl", "steps", "p20_us", "p50_us", "p80_us", "loss_first", "loss_last",
     "mean_accuracy", "accuracy",
 )  # fmt: skip
 MODEL_FIELDS = (
     *PROVENANCE, "model", "tokens", "dtype", "placement", "rank", "experts", "groups", "contender",
     "impl", "measure", "p20_us", "p50_us", "p80_us", "over_base", "peak_gb", "loss", "note",
 )  # fmt: skip
-LOSS_FIELDS = (*PROVENANCE, "impl", "step", "loss")
+LOSS_FIELDS = (*PROVENANCE, "model", "impl", "step", "loss")
 
 
 def device_name(device: torch.device) -> str:

@@ -20,12 +20,10 @@ from .digits import TASKS, Digits, all_tasks, load_digits, task_batch
 from .registry import default_impls
 from .results import RESULTS, provenance
 from .timing import quantiles, synchronize
-from .train_report import TrainRun, print_table, save_runs
-from .vit import DigitTransformer, MultiTask, pretrained_backbone
+from .train_report import TrainRun, cost, difference, print_table, save_runs, verdict
+from .vit import BASE, SIZES, TINY, DigitTransformer, MultiTask, pretrained_backbone
 
 STEPS, QUICK_STEPS = 200, 50
-IMAGES_PER_TASK = 4  # 15 tasks x 4 images x 16 patches = 960 tokens a step: the reference stays near 0.2 s on a CPU
-LEARNING_RATE = 5e-3
 PRINT_EVERY_S = 5.0
 
 
@@ -73,11 +71,11 @@ def stepwise(
     torch.manual_seed(1)
     model = MultiTask(copy.deepcopy(backbone), impl).to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(trained, lr=backbone.size.lr)
     generator = torch.Generator().manual_seed(2)
     losses, step_us, last_print = [], [], time.perf_counter()
     for step in range(1, steps + 1):
-        images, labels = (t.to(device) for t in task_batch(digits, IMAGES_PER_TASK, generator))
+        images, labels = (t.to(device) for t in task_batch(digits, backbone.size.images_per_task, generator))
         synchronize(device)
         start = time.perf_counter()
         loss = F.cross_entropy(model(images).flatten(0, 1), labels.flatten())
@@ -106,34 +104,28 @@ def _accuracy(model: MultiTask, digits: Digits, device: torch.device) -> dict[st
     return dict(zip(TASKS, right.float().mean(1).tolist(), strict=True))
 
 
-def difference(reference: TrainRun, other: TrainRun) -> str | None:
-    """The first thing that is not equal bit for bit, or None."""
-    for step, (expected, loss) in enumerate(zip(reference.losses, other.losses, strict=True), 1):
-        if loss != expected:
-            return f"loss of step {step} is {loss!r}, the reference has {expected!r}"
-    for name, expected in reference.parameters.items():
-        if not torch.equal(other.parameters[name], expected):
-            return f"{name} differs after the last step"
-    return None
-
-
 def run(
     device: torch.device,
     *,
     quick: bool = False,
     impls: Sequence[str] = (),
     steps: int | None = None,
+    size: str | None = None,
     spectral: float = 0.0,
     save: bool = True,
     folder: Path = RESULTS,
 ) -> int:
-    """Exit status 0, or 1 if a run differed from the reference's. With the penalty, the kernels also train without."""
+    """Exit status 0, or 1 if a run differed from the reference's. With the penalty, the kernels also train without.
+
+    size is a name of SIZES, by default tiny on a CPU or if quick, else base.
+    """
+    model = SIZES[size] if size else TINY if quick or device.type == "cpu" else BASE
     steps = steps or (QUICK_STEPS if quick else STEPS)
     source = provenance(device)
     print("  ".join(f"{key} {value}" for key, value in source.items() if value))
     with deterministic():
         digits = load_digits()
-        backbone = pretrained_backbone(digits, device)
+        backbone = pretrained_backbone(digits, device, model)
         names = ("reference", *(impls or (kernels(device),)))
         asked = [(impl, spectral) for impl in names] + ([(names[-1], 0.0)] if spectral else [])
         runs = together([stepwise(backbone, digits, impl, steps, device, factor) for impl, factor in asked])
@@ -142,22 +134,9 @@ def run(
     for other in runs[1 : len(names)]:
         wrong = difference(runs[0], other)
         status |= wrong is not None
-        print(f"{other.impl}: {f'DIFFERS FROM THE REFERENCE, {wrong}' if wrong else _verdict(runs[0], other)}")
+        print(f"{other.impl}: {f'DIFFERS FROM THE REFERENCE, {wrong}' if wrong else verdict(runs[0], other)}")
     if spectral:
-        print(_cost(runs[-1], runs[-2]))
+        print(cost(runs[-1], runs[-2]))
     if save:
-        save_runs(runs, source, folder)
+        save_runs(runs, source, model.name, folder)
     return status
-
-
-def _verdict(reference: TrainRun, other: TrainRun) -> str:
-    ours, theirs = other.step.p50 / 1e3, reference.step.p50 / 1e3
-    return (
-        f"{len(other.losses)} losses and every trained parameter equal the reference's bit for bit; "
-        f"a step takes {ours:.2f} ms, with the reference {theirs:.2f} ms ({theirs / ours:.1f} x)"
-    )
-
-
-def _cost(plain: TrainRun, penalised: TrainRun) -> str:
-    extra, step = penalised.step.p50 - plain.step.p50, plain.step.p50
-    return f"{penalised.impl}: {extra / 1e3:.2f} ms more than the {step / 1e3:.2f} ms of a step: {extra / step:.1%}"

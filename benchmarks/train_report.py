@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .digits import TASKS
@@ -22,6 +23,30 @@ class TrainRun:
     step: Timing
 
 
+def difference(reference: TrainRun, other: TrainRun) -> str | None:
+    """The first thing that is not equal bit for bit, or None."""
+    for step, (expected, loss) in enumerate(zip(reference.losses, other.losses, strict=True), 1):
+        if loss != expected:
+            return f"loss of step {step} is {loss!r}, the reference has {expected!r}"
+    for name, expected in reference.parameters.items():
+        if not torch.equal(other.parameters[name], expected):
+            return f"{name} differs after the last step"
+    return None
+
+
+def verdict(reference: TrainRun, other: TrainRun) -> str:
+    ours, theirs = other.step.p50 / 1e3, reference.step.p50 / 1e3
+    return (
+        f"{len(other.losses)} losses and every trained parameter equal the reference's bit for bit; "
+        f"a step takes {ours:.2f} ms, with the reference {theirs:.2f} ms ({theirs / ours:.1f} x)"
+    )
+
+
+def cost(plain: TrainRun, penalised: TrainRun) -> str:
+    extra, step = penalised.step.p50 - plain.step.p50, plain.step.p50
+    return f"{penalised.impl}: {extra / 1e3:.2f} ms more than the {step / 1e3:.2f} ms of a step: {extra / step:.1%}"
+
+
 def print_table(runs: list[TrainRun]) -> None:
     columns = "".join(f"{run.impl:>24}" for run in runs)
     print(f"\n{'step':<18}{columns}")
@@ -34,7 +59,8 @@ def print_table(runs: list[TrainRun]) -> None:
     print()
 
 
-def save_runs(runs: list[TrainRun], source: dict[str, str], folder: Path) -> None:
+def save_runs(runs: list[TrainRun], source: dict[str, str], model: str, folder: Path) -> None:
+    source = {**source, "model": model}
     rows = [_row(run, source) for run in runs]
     append(folder / "train.csv", TRAIN_FIELDS, rows)
     losses = [

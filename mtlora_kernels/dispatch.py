@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from .limits import Call, hopper_limits, low_precision
+from .limits import Call, cpu_limits, hopper_limits, low_precision
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Impl:
 
 # fastest first
 _TABLE = {
-    "cpu": Impl("cpu", "native.cpu", "native.cpu", low_precision),
+    "cpu": Impl("cpu", "native.cpu", "native.cpu", cpu_limits),
     "cuda": Impl("cuda", "native.cuda", "native.cuda_bwd", hopper_limits),
     "triton": Impl("cuda", "triton.routed_lora_fwd", "triton.routed_lora_bwd", low_precision),
     "reference": Impl(None, "reference.routed_lora", "reference.routed_lora_bwd", lambda call: None),

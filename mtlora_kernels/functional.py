@@ -1,13 +1,48 @@
 """Public functions: validate, flatten to tokens, choose the implementation, call the operator."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from . import eager
+from .requirements import require_tensor
 from .settle import settled
 from .validation import seed_tensor, stacked_experts, token_route_weights
+
+
+@overload
+def routed_lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor | Sequence[Tensor], router: Tensor | None = ...,
+    residual: Tensor | None = ..., *, scaling: float = ..., num_groups: int = ..., numerics: str = ...,
+    activation: str | None = ..., expert_scale: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., route_weights: Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., accumulate_into_residual: bool = ..., return_load: Literal[False] = ...,
+    impl: str | None = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def routed_lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor | Sequence[Tensor], router: Tensor | None = ...,
+    residual: Tensor | None = ..., *, scaling: float = ..., num_groups: int = ..., numerics: str = ...,
+    activation: str | None = ..., expert_scale: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., route_weights: Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., accumulate_into_residual: bool = ..., return_load: Literal[True],
+    impl: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def routed_lora(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor | Sequence[Tensor], router: Tensor | None = ...,
+    residual: Tensor | None = ..., *, scaling: float = ..., num_groups: int = ..., numerics: str = ...,
+    activation: str | None = ..., expert_scale: Tensor | None = ..., dropout_p: float = ...,
+    dropout_seed: int | Tensor | None = ..., route_weights: Tensor | None = ...,
+    compute_dtype: torch.dtype | None = ..., accumulate_into_residual: bool = ..., return_load: bool,
+    impl: str | None = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def routed_lora(
@@ -45,7 +80,7 @@ def routed_lora(
         scaling: factor of the mixture, alpha / r in the published configurations.
         num_groups: G, a divisor of d_out; group g covers outputs [g * d_out / G, (g + 1) * d_out / G).
         numerics: "fp32" keeps the mixture in fp32 with one rounding at the end; "eager" rounds where the
-            published modules round, so that swapping them for this changes no bit.
+            published modules round: on CUDA in bf16 and fp16, without split-K, their every bit.
         activation: None or "relu" (bottleneck and AdaptFormer styles).
         expert_scale: [N], a learnable factor per expert, or None.
         dropout_p: probability in [0, 1) of zeroing an element of x before lora_a; the router sees undropped x.
@@ -104,6 +139,7 @@ def balance_loss(load: Tensor) -> Tensor:
     load: [N], the second output of `routed_lora` with return_load=True. The variance is unbiased, as in the
     published trainers; one expert gives 0.
     """
+    require_tensor("load", load)
     if load.dim() != 1:
         raise ValueError(f"load has shape {tuple(load.shape)}, it must be [N]")
     if load.numel() == 1:

@@ -20,6 +20,7 @@ class Call(NamedTuple):
     groups: int
     eager: bool
     dropout: bool
+    float64: bool  # of a tensor besides route_weights, which every implementation copies
 
 
 HOPPER_ROUTER_ROWS = 1216  # 19 tiles of 64: what fits shared memory beside the rest in d(x)'s kernel
@@ -28,6 +29,11 @@ LOW_PRECISION = (torch.float32, torch.bfloat16, torch.float16)
 
 def low_precision(call: Call) -> str | None:
     return None if call.compute_dtype in LOW_PRECISION else f"compute_dtype is {call.compute_dtype}"
+
+
+def cpu_limits(call: Call) -> str | None:
+    """The C++ kernels read tensors as they are, and know three dtypes."""
+    return low_precision(call) or ("a tensor has dtype torch.float64" if call.float64 else None)
 
 
 def hopper_limits(call: Call) -> str | None:

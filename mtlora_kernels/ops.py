@@ -98,9 +98,9 @@ def _no_double_backward(ctx, *grads):
     )
 
 
-for _key in ("CPU", "CUDA"):
-    _lib.impl("routed_lora_fwd", _routed_lora_fwd, _key)
-    _lib.impl("routed_lora_bwd", _routed_lora_bwd, _key)
+# On every device, as the reference runs on any.
+_lib.impl("routed_lora_fwd", _routed_lora_fwd, "CompositeExplicitAutograd")
+_lib.impl("routed_lora_bwd", _routed_lora_bwd, "CompositeExplicitAutograd")
 torch.library.register_fake("mtlora_kernels::routed_lora_fwd", _routed_lora_fwd_fake, lib=_lib)
 torch.library.register_fake("mtlora_kernels::routed_lora_bwd", _routed_lora_bwd_fake, lib=_lib)
 torch.library.register_autograd(

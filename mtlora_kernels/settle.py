@@ -7,7 +7,8 @@ from .dispatch import resolve
 from .limits import Call
 from .memo import Memo
 from .reference.routed_lora import output_dtype
-from .validation import COMPUTE_DTYPES, check_routed_lora
+from .requirements import COMPUTE_DTYPES
+from .validation import check_routed_lora
 
 _known: Memo[tuple[str, torch.dtype]] = Memo()
 
@@ -37,13 +38,15 @@ def settled(
         # Types too, as 2.0 equals 2; no value of scaling, as a schedule has a new one every step.
         key = (type(scaling), type(num_groups), type(dropout_p), *options[1:-1], dtype, *layouts)
         known = _known.get(key)
-    except (AttributeError, TypeError):  # not a tensor, or a tracer's symbolic size, which has no hash
+    except (AttributeError, TypeError, RuntimeError):  # not a tensor, a nested one, or a symbolic size without hash
         return _settle(tensors, options)
     return _known.keep(key, _settle(tensors, options)) if known is None else known
 
 
 def _default_dtype(x: Tensor) -> torch.dtype:
     kind = "cuda" if x.is_cuda else x.device.type  # the second takes longer
+    if kind == "meta":  # autocast raises for it
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -81,5 +84,6 @@ def _settle(tensors: tuple[Tensor | None, ...], options: tuple) -> tuple[str, to
         groups=num_groups,
         eager=numerics == "eager",
         dropout=dropout_p > 0,
+        float64=any(t is not None and t.dtype == torch.float64 for t in tensors[:-1]),
     )
     return resolve(impl, x.device, call), compute_dtype

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import spectral_eager
+from .requirements import require_int
 from .spectral_dispatch import resolve_spectral
 from .spectral_inputs import KINDS, Layers, layer_stacks, sketch_size, stacked_matrices
 
@@ -63,8 +64,7 @@ class SpectralWeights:
     """
 
     def __init__(self, refresh_every: int = 1) -> None:
-        if isinstance(refresh_every, bool) or not isinstance(refresh_every, int) or refresh_every < 1:
-            raise ValueError(f"refresh_every is {refresh_every!r}, it must be a positive int")
+        require_int("refresh_every", refresh_every, 1)
         self.refresh_every, self.calls = refresh_every, 0
         self._key, self._held = None, ()
 
@@ -118,6 +118,8 @@ def spectral_penalty(
     """
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, it must be one of {KINDS}")
+    if weights is not None and not isinstance(weights, SpectralWeights):
+        raise TypeError(f"weights is {type(weights).__name__}, it must be a SpectralWeights or None")
     stacks = layer_stacks(lora_b)
     held = compute_weights(stacks, kind, impl) if weights is None else weights.of(stacks, kind, impl)
     total = sum(len(b) * b.shape[1] for b in stacks)

@@ -1,45 +1,27 @@
 """What the spectral functions accept, brought into the shapes of their operators."""
 
-import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .validation import require_shape, require_tensor
+from .requirements import require_alike, require_int, require_sequence, require_tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_WIDTH = 64  # of the matrices whose eigenvalues are computed: rank + oversampling, and the rank of an adapter
 MAX_SHORT_SIDE = 256
 KINDS = ("pairwise", "gram")
 
-_is_lora_b = re.compile("lora_B[0-9]*").fullmatch
 Layers = Tensor | Sequence[Tensor | Sequence[Tensor]] | nn.Module
-
-
-def _require_int(name: str, value: object, low: int, high: int, meaning: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {type(value).__name__}, it must be an int")
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, it must be in [{low}, {high}]{meaning}")
-
-
-def _require_float(name: str, value: object, dim: int) -> None:
-    require_tensor(name, value, dim=dim)
-    if value.dtype not in DTYPES:
-        raise ValueError(f"{name} has dtype {value.dtype}, it must be one of {DTYPES}")
 
 
 def stacked_matrices(matrices: Tensor | Sequence[Tensor]) -> Tensor:
     """matrices as one tensor [batch, m, n]; a sequence of matrices of one shape is stacked."""
     if isinstance(matrices, Tensor):
-        _require_float("matrices", matrices, 3)
+        require_tensor("matrices", matrices, dim=3, dtypes=DTYPES)
     else:
-        if not matrices:
-            raise ValueError("matrices is an empty sequence, it must hold one matrix [m, n] at least")
-        for i, matrix in enumerate(matrices):
-            _require_float(f"matrices[{i}]", matrix, 2)
-            require_shape(f"matrices[{i}]", matrix, matrices[0].shape, "the shape of matrices[0]")
+        require_sequence("matrices", matrices, "one matrix [m, n] at least")
+        require_alike("matrices", matrices, DTYPES)
         matrices = torch.stack(list(matrices))
     if min(matrices.shape[1:]) < 1:
         raise ValueError(f"matrices has shape {tuple(matrices.shape)}, m and n must be positive")
@@ -53,14 +35,18 @@ def sketch_size(matrices: Tensor, rank: int, oversampling: int, power_iterations
         raise ValueError(
             f"matrices has shape {tuple(matrices.shape)}, the shorter of m and n must be at most {MAX_SHORT_SIDE}"
         )
-    _require_int("rank", rank, 1, short, " = [1, min(m, n)]")
-    _require_int("oversampling", oversampling, 0, 2**31)
-    _require_int("power_iterations", power_iterations, 0, 64)
-    _require_int("seed", seed, 0, 2**63 - 1)
+    require_int("rank", rank, 1, short, " = [1, min(m, n)]")
+    require_int("oversampling", oversampling, 0, 2**31)
+    require_int("power_iterations", power_iterations, 0, 64)
+    require_int("seed", seed, 0, 2**63 - 1)
     sketch = min(rank + oversampling, short)
     if sketch > MAX_WIDTH:
         raise ValueError(f"min(rank + oversampling, m, n) is {sketch}, it must be at most {MAX_WIDTH}")
     return sketch
+
+
+def _is_lora_b(name: str) -> bool:
+    return name == "lora_B" or (name[:6] == "lora_B" and name[6:].isdigit())
 
 
 def _find_experts(owner: nn.Module, found: dict[int, tuple[nn.Module, str, Tensor]], seen: set[nn.Module]) -> None:
@@ -101,13 +87,10 @@ def adapter_layers(model: nn.Module) -> list[Tensor | list[Tensor]]:
 def _experts(name: str, layer: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """One layer as a list of tensors, [N, d, r] or N times [d, r], that `torch.stack` or a view makes [N, d, r]."""
     if isinstance(layer, Tensor):
-        _require_float(name, layer, 3)
+        require_tensor(name, layer, dim=3, dtypes=DTYPES)
         return [layer]
-    if not layer:
-        raise ValueError(f"{name} is an empty sequence, it must hold one tensor [d, r] per expert")
-    for i, b in enumerate(layer):
-        _require_float(f"{name}[{i}]", b, 2)
-        require_shape(f"{name}[{i}]", b, layer[0].shape, f"the shape of {name}[0]")
+    require_sequence(name, layer, "one tensor [d, r] per expert")
+    require_alike(name, layer, DTYPES)
     return list(layer)
 
 
@@ -116,12 +99,10 @@ def layer_stacks(lora_b: Layers) -> list[Tensor]:
     if isinstance(lora_b, nn.Module):
         lora_b = adapter_layers(lora_b)
     if isinstance(lora_b, Tensor):
-        require_tensor("lora_b", lora_b, min_dim=3)
-        _require_float("lora_b", lora_b, max(3, min(4, lora_b.dim())))
+        require_tensor("lora_b", lora_b, dim=4 if lora_b.dim() > 4 else None, min_dim=3, dtypes=DTYPES)
         stacks = [lora_b if lora_b.dim() == 4 else lora_b[None]]
     else:
-        if not lora_b:
-            raise ValueError("lora_b is an empty sequence, it must hold one layer at least")
+        require_sequence("lora_b", lora_b, "one layer at least")
         if all(isinstance(b, Tensor) and b.dim() == 2 for b in lora_b):
             lora_b = [lora_b]
         groups: dict[tuple, list[Tensor]] = {}

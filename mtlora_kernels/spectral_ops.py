@@ -114,8 +114,7 @@ for _name, _fake, _backward in (
         _no_derivative("spectral_penalty", "second "),
     ),
 ):
-    for _key in ("CPU", "CUDA"):
-        _lib.impl(_name, RUN[_name], _key)
+    _lib.impl(_name, RUN[_name], "CompositeExplicitAutograd")
     torch.library.register_fake(f"mtlora_kernels::{_name}", _fake, lib=_lib)
     _setup = {"setup_context": setup_context} if _name == "spectral_penalty_fwd" else {}
     torch.library.register_autograd(f"mtlora_kernels::{_name}", _backward, lib=_lib, **_setup)

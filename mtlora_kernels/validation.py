@@ -1,41 +1,21 @@
-"""Argument rules, each stated once. Every error names the argument, what it is and what it must be."""
+"""The argument rules of `routed_lora`, each stated once."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from .requirements import require_alike, require_device, require_sequence, require_shape, require_tensor
+
 NUMERICS = ("fp32", "eager")
 ACTIVATIONS = (None, "relu")
 MAX_WIDTH = 128  # of experts and of rank: the widest tree sum of the kernels
 
 
-def require_tensor(name: str, value: object, *, dim: int | None = None, min_dim: int = 0) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is {type(value).__name__}, it must be a tensor")
-    if value.dtype not in COMPUTE_DTYPES:
-        raise ValueError(f"{name} has dtype {value.dtype}, it must be one of {COMPUTE_DTYPES}")
-    if dim is not None and value.dim() != dim:
-        raise ValueError(f"{name} has {value.dim()} dimensions, it must have {dim}")
-    if value.dim() < min_dim:
-        raise ValueError(f"{name} has {value.dim()} dimensions, it must have at least {min_dim}")
-
-
-def require_shape(name: str, value: Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if value.shape != shape:
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, it must be {meaning} = {tuple(shape)}")
-
-
 def stacked_experts(lora_b: Sequence[Tensor]) -> Tensor:
     """A sequence of N tensors [d_out, r] as one tensor [N, d_out, r]."""
-    if not hasattr(lora_b, "__len__"):
-        raise TypeError(f"lora_b is {type(lora_b).__name__}, it must be a tensor or a sequence of tensors")
-    if not lora_b:
-        raise ValueError("lora_b is an empty sequence, it must hold one tensor [d_out, r] per expert")
-    for i, b in enumerate(lora_b):
-        require_tensor(f"lora_b[{i}]", b, dim=2)
-        require_shape(f"lora_b[{i}]", b, lora_b[0].shape, "the shape of lora_b[0]")
+    require_sequence("lora_b", lora_b, "one tensor [d_out, r] per expert")
+    require_alike("lora_b", lora_b)
     return torch.stack(list(lora_b))
 
 
@@ -60,7 +40,9 @@ def check_routed_lora(
     require_tensor("lora_a", lora_a, dim=2)
     require_tensor("lora_b", lora_b, dim=3)
     d_in, (n, d_out, r) = x.shape[-1], lora_b.shape
-    if min(n, d_out, r, d_in) <= 0:
+    if d_in == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, d_in must be positive")
+    if min(n, d_out, r) == 0:
         raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}, every size must be positive")
     if max(n, r) > MAX_WIDTH:
         raise ValueError(f"lora_b has {n} experts of rank {r}, both must be at most {MAX_WIDTH}")
@@ -102,18 +84,17 @@ def check_routed_lora(
         require_shape("residual", residual, (*x.shape[:-1], d_out), "[leading dims of x, d_out]")
     if accumulate_into_residual and (numerics != "eager" or residual is None):
         raise ValueError("accumulate_into_residual is True, it needs numerics='eager' and a residual")
-    device = x.device
     for name, tensor in (
         ("lora_a", lora_a), ("lora_b", lora_b), ("router", router), ("residual", residual),
         ("expert_scale", expert_scale), ("route_weights", route_weights),
     ):  # fmt: skip
-        if tensor is not None and tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, it must be on x's device {device}")
+        if tensor is not None:
+            require_device(name, tensor, x.device, "x")
 
 
 def token_route_weights(route_weights: Tensor, x: Tensor) -> Tensor:
     """route_weights as [T, G, N]: one row per token, or one row per sequence spread over its tokens."""
-    leading, given = x.shape[:-1], route_weights.shape[:-2]
+    shape, leading, given = tuple(route_weights.shape), x.shape[:-1], route_weights.shape[:-2]
     if len(given) == len(leading) - 1:
         route_weights = route_weights.unsqueeze(-3)
     fits = len(given) in (len(leading), len(leading) - 1) and all(
@@ -121,7 +102,7 @@ def token_route_weights(route_weights: Tensor, x: Tensor) -> Tensor:
     )
     if not fits:
         raise ValueError(
-            f"route_weights has shape {tuple(route_weights.shape)}, its leading dimensions must match those of x, "
+            f"route_weights has shape {shape}, its leading dimensions must match those of x, "
             f"{tuple(leading)}, or be one row per sequence"
         )
     g, n = route_weights.shape[-2:]

@@ -193,6 +193,7 @@ def test_command_line():
     args = parse(["adapter", "--quick", "--device", "cpu", "--numerics", "fp32", "--no-compile", "--shapes", "*G2*"])
     assert (args.compile, args.numerics, args.shapes) == (False, ["fp32"], "*G2*")
     assert parse(["train", "--steps", "3"]).steps == 3
+    assert parse(["train"]).size is None and parse(["train", "--size", "base"]).size == "base"
 
 
 def test_train_losses_are_equal(tmp_path, monkeypatch):
@@ -211,10 +212,20 @@ def test_train_losses_are_equal(tmp_path, monkeypatch):
     assert [row["loss"] for row in losses[:3]] == [row["loss"] for row in losses[3:]]
 
 
+def test_train_size(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn")
+    from benchmarks import train, vit
+
+    small = replace(vit.BASE, width=32, depth=3, heads=2, images_per_task=1)
+    monkeypatch.setitem(vit.SIZES, "base", small)
+    monkeypatch.setattr(vit, "PRETRAIN_STEPS", 2)
+    assert train.run(CPU, steps=2, size="base", folder=tmp_path) == 0
+    assert {row["model"] for row in load(tmp_path / "train.csv") + load(tmp_path / "train_loss.csv")} == {"base"}
+
+
 def test_train_difference_names_the_step():
     pytest.importorskip("sklearn")
-    from benchmarks.train import difference
-    from benchmarks.train_report import TrainRun
+    from benchmarks.train_report import TrainRun, difference
 
     def trained(losses, value=1.0):
         return TrainRun("x", losses, {"a": torch.tensor(value)}, {}, quantiles([1.0]))

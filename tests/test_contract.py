@@ -111,7 +111,7 @@ def test_batch_invariance_and_repeats(impl):
         for dtype in (torch.float16, torch.float32) if impl == "triton" else DTYPES:
             inputs = random_inputs(130, *shape[1:], dtype=dtype)
             assert against.batch_invariance(impl, inputs, sizes=(1, 2, 17, 64, 130)) == []
-            assert against.repeats(impl, inputs) == []
+            assert against.repeated(against.run_case, impl, inputs) == []
 
 
 def test_thread_count_changes_nothing(exact_impl):

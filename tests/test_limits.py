@@ -7,7 +7,7 @@ from mtlora_kernels.limits import Call, hopper_limits
 
 SERVED = Call(
     compute_dtype=torch.bfloat16, x_dtype=torch.bfloat16, out_dtype=torch.bfloat16, d_in=4096, d_out=4096, rank=16,
-    experts=16, groups=2, eager=False, dropout=False,
+    experts=16, groups=2, eager=False, dropout=False, float64=False,
 )  # fmt: skip
 
 

@@ -2,10 +2,12 @@
 
 import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import mtlora_kernels as mk
 from mtlora_kernels.dispatch import IMPLS
@@ -49,6 +51,19 @@ def test_signature_of_routed_lora():
         assert re.search(rf"^ +{name}: ", mk.routed_lora.__doc__, re.MULTILINE), f"{name} is not documented"
 
 
+@pytest.mark.skipif(not hasattr(typing, "get_overloads"), reason="Python 3.11 remembers overloads")
+def test_overloads_of_routed_lora():
+    signature = inspect.signature(mk.routed_lora)
+    overloads = [inspect.signature(f) for f in typing.get_overloads(mk.routed_lora)]
+    returns = [Tensor, tuple[Tensor, Tensor], signature.return_annotation]
+    assert [o.return_annotation for o in overloads] == returns
+    for overload in overloads:
+        kinds = {name: (p.kind, p.annotation) for name, p in overload.parameters.items() if name != "return_load"}
+        assert kinds == {
+            name: (p.kind, p.annotation) for name, p in signature.parameters.items() if name != "return_load"
+        }
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -58,6 +73,8 @@ def test_signature_of_routed_lora():
 )  # fmt: skip
 def test_operators(name):
     assert {str(op) for op in getattr(torch.ops.mtlora_kernels, name).overloads()} == {"default"}
+    for device in ("CPU", "CUDA", "MPS", "XPU"):  # the reference runs on any
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"mtlora_kernels::{name}", device)
 
 
 def test_available_impls():

@@ -11,7 +11,8 @@ from mtlora_kernels.spectral_dispatch import SPECTRAL_IMPLS
 from mtlora_kernels.spectral_inputs import adapter_layers
 from mtlora_kernels.testing import assert_bitwise_equal
 from mtlora_kernels.testing.rows import Check
-from mtlora_kernels.testing.spectral import make_adapters, penalty_results
+from mtlora_kernels.testing.spectral_checks import penalty_results
+from mtlora_kernels.testing.spectral_inputs import make_adapters
 from mtlora_kernels.testing.spectral_run import spectral_checks
 
 OPS = torch.ops.mtlora_kernels
@@ -107,6 +108,9 @@ REFUSED = [
     ((A, 2), {"seed": -1}, ValueError, "seed is -1"),
     ((torch.zeros(1, 300, 100), 60), {}, ValueError, r"min\(rank \+ oversampling, m, n\) is 68"),
     ((A, 2), {"impl": "triton"}, ValueError, "impl is 'triton', it must be None or one of"),
+    ((None, 2), {}, TypeError, "matrices is NoneType, it must be a tensor or a sequence"),
+    ((A.numpy(), 2), {}, TypeError, r"matrices\[0\] is ndarray, it must be a tensor"),
+    (([A[0], A[0].to("meta")], 2), {}, ValueError, r"matrices\[1\] is on meta"),
 ]
 
 
@@ -250,6 +254,26 @@ REFUSED_PENALTY = [
 def test_spectral_penalty_refuses(args, options, match):
     with pytest.raises(ValueError, match=match):
         mk.spectral_penalty(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("lora_b", "match"),
+    [
+        (None, "lora_b is NoneType"),
+        (iter([torch.zeros(2, 4, 3)]), "lora_b is list_iterator"),
+        ([torch.zeros(2, 4, 3), 3], r"lora_b\[1\] is int"),
+        (torch.zeros(2, 4, 3).numpy(), r"lora_b\[0\]\[0\] is ndarray"),
+    ],
+    ids=["none", "iterator", "number", "numpy"],
+)
+def test_spectral_penalty_takes_tensors_and_sequences(lora_b, match):
+    with pytest.raises(TypeError, match=f"^{match}, it must be a tensor"):
+        mk.spectral_penalty(lora_b)
+
+
+def test_spectral_penalty_takes_weights_of_its_own_kind():
+    with pytest.raises(TypeError, match=r"^weights is Tensor, it must be a SpectralWeights"):
+        mk.spectral_penalty(torch.zeros(2, 4, 3), weights=torch.zeros(2, 3))
 
 
 # ---- spectral_penalty: values ----

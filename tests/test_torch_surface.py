@@ -210,6 +210,27 @@ def test_defaults_of_new_tensors_decide_nothing(cpu_impl, dtype):
         assert_bitwise_equal(t, expected[name])
 
 
+@pytest.mark.parametrize("name", ["x", "lora_a", "lora_b", "router", "residual", "expert_scale"])
+def test_one_float64_tensor_is_served_by_the_reference(name):
+    inputs = random_inputs(*SHAPE, expert_scale=True).with_options(compute_dtype=torch.float32)
+    setattr(inputs, name, getattr(inputs, name).double())
+    if name == "residual":
+        inputs.dout = inputs.dout.double()
+    expected = run_case("reference", inputs)
+    for result, t in run_case(None, inputs).items():
+        assert_bitwise_equal(t, expected[result], result)
+    if "cpu" in mk.available_impls("cpu"):
+        with pytest.raises(ValueError, match=r"impl is 'cpu'.*float64"):
+            run_case("cpu", inputs)
+
+
+def test_meta_tensors_give_shapes():
+    inputs = random_inputs(*SHAPE, dtype=torch.bfloat16, load=True).map(lambda t: t.to("meta"))
+    out, load = mk.routed_lora(**inputs.kwargs())
+    assert out.is_meta and out.shape == inputs.residual.shape and out.dtype == torch.bfloat16
+    assert load.is_meta and load.shape == inputs.dload.shape and load.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(cpu_impl, dtype):
     inputs = random_inputs(*SHAPE, expert_scale=True)

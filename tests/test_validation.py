@@ -20,6 +20,9 @@ def weights(*shape: int) -> dict:
 
 VALUE_ERRORS = {
     "x: no dimensions": ("x", {"x": torch.tensor(1.0)}, "at least 1"),
+    "x: no features": ("x", {"x": torch.ones(T, 0), "lora_a": torch.ones(R, 0)}, "d_in must be positive"),
+    "x: sparse": ("x", {"x": torch.ones(T, D_IN).to_sparse()}, "dense"),
+    "x: nested": ("x", {"x": torch.nested.nested_tensor([torch.ones(T, D_IN)], layout=torch.jagged)}, "dense"),
     "x: dtype": ("x", {"x": torch.ones(T, D_IN, dtype=torch.int64)}, "dtype torch.int64"),
     "lora_a: dimensions": ("lora_a", {"lora_a": torch.ones(D_IN)}, "must have 2"),
     "lora_a: rank": ("lora_a", {"lora_a": torch.ones(R + 1, D_IN)}, r"\(3, 12\)"),
@@ -30,6 +33,11 @@ VALUE_ERRORS = {
     "lora_b: rank": ("lora_b", {"lora_b": torch.ones(N, D_OUT, 129)}, "at most 128"),
     "lora_b: empty list": ("lora_b", {"lora_b": []}, "empty sequence"),
     "lora_b: unequal list": (r"lora_b\[1\]", {"lora_b": [torch.ones(D_OUT, R), torch.ones(D_OUT, R + 1)]}, "shape"),
+    "lora_b: two devices": (
+        r"lora_b\[1\]",
+        {"lora_b": [torch.ones(D_OUT, R), torch.ones(D_OUT, R, device="meta")]},
+        r"lora_b\[0\]'s device cpu",
+    ),
     "lora_b: list of stacks": (r"lora_b\[0\]", {"lora_b": [torch.ones(N, D_OUT, R)]}, "must have 2"),
     "router: missing": ("router", {"router": None}, "unless N = 1"),
     "router: rows": ("router", {"router": torch.ones(N, D_IN)}, r"\(8, 12\)"),
@@ -77,6 +85,7 @@ TYPE_ERRORS = {
     "scaling: tensor": ("scaling", {"scaling": torch.tensor(2.0)}, "Python number"),
     "scaling: bool": ("scaling", {"scaling": True}, "Python number"),
     "lora_b: missing": ("lora_b", {"lora_b": None}, "a tensor or a sequence of tensors"),
+    "lora_b: generator": ("lora_b", {"lora_b": (torch.ones(D_OUT, R) for _ in range(N))}, "a sequence of tensors"),
     "num_groups: float": ("num_groups", {"num_groups": 2.0}, "an int"),
     "dropout_p: tensor": ("dropout_p", {"dropout_p": torch.tensor(0.5)}, "Python number"),
     "dropout_seed: float": ("dropout_seed", {"dropout_p": 0.1, "dropout_seed": 1.0}, "int or an int64 tensor"),
@@ -124,6 +133,12 @@ def test_other_device(name):
         mk.routed_lora(**given | {name: given[name].to("meta")})
 
 
+def test_route_weights_are_named_by_the_shape_that_was_given():
+    x = {"x": torch.ones(2, 3, D_IN), "residual": None}
+    with pytest.raises(ValueError, match=r"^route_weights has shape \(3, 2, 4\), .* those of x, \(2, 3\)"):
+        mk.routed_lora(**arguments(**x, **weights(3, G, N)))
+
+
 @pytest.mark.parametrize("shape", [(3,), (2, 2)], ids=str)
 def test_balance_loss_shape(shape):
     if len(shape) == 1:
@@ -131,6 +146,11 @@ def test_balance_loss_shape(shape):
         return
     with pytest.raises(ValueError, match=r"^load has shape \(2, 2\), it must be \[N\]"):
         mk.balance_loss(torch.ones(shape))
+
+
+def test_balance_loss_of_no_tensor():
+    with pytest.raises(TypeError, match=r"^load is list, it must be a tensor"):
+        mk.balance_loss([0.5, 0.5])
 
 
 def test_balance_loss_values():

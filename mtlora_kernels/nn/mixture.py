@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import balance_loss, routed_lora
+from ..requirements import require_int
+from ..validation import MAX_WIDTH
 from .loss import add_to_loss
 
 ACTIVATIONS = {"lowrank": None, "bottleneck": "relu", "adaptformer": "relu"}  # by style
@@ -41,9 +43,12 @@ class RoutedMixture(nn.Module):
         super().__init__()
         self.in_features, self.out_features = features, features if out_features is None else out_features
         self.rank, self.num_experts = rank, num_experts
-        for name in ("in_features", "out_features", "rank", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, it must be positive")
+        for name, value in (("features", features), ("out_features", self.out_features)):
+            require_int(name, value, 1)
+        for name in ("rank", "num_experts"):
+            require_int(name, getattr(self, name), 1, MAX_WIDTH)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout is {dropout}, it must be in [0, 1)")
         if style not in ACTIVATIONS:
             raise ValueError(f"style is {style!r}, it must be one of {tuple(ACTIVATIONS)}")
         self.num_groups = self._groups(num_groups, group_size)
@@ -60,7 +65,8 @@ class RoutedMixture(nn.Module):
         if num_groups is None and group_size is None:
             return 1
         name, divisor = ("num_groups", num_groups) if group_size is None else ("group_size", group_size)
-        if divisor < 1 or self.out_features % divisor:
+        require_int(name, divisor, 1)
+        if self.out_features % divisor:
             raise ValueError(f"{name} is {divisor}, it must be a divisor of the output width {self.out_features}")
         return divisor if group_size is None else self.out_features // divisor
 

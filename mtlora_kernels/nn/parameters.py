@@ -28,18 +28,18 @@ class RoutedParameters(RoutedMixture):
             self.register_parameter(name, parameter)
 
     def reset_parameters(self) -> None:
-        """The published initial values; see the table in `RoutedLoRA`."""
+        """The published initial values, see the table in `RoutedLoRA`; `last_load` is zero again."""
+        self.last_load.zero_()
         self.initialize(self.lora_A, self.lora_B, self.lora_route, self.expert_scales)
 
     def _published(self, prefix: str) -> dict[str, list[str]]:
-        """State-dict names of each parameter, one per expert where it is stacked."""
+        """State-dict names of each parameter, one per expert where it is stacked. Without those that the adapter does
+        not have, or no longer: parametrised or pruned, a parameter is saved under PyTorch's own name for it."""
         experts = range(self.num_experts)
         names = {"lora_A": ["lora_A.weight"], "lora_B": [self.expert_name.format(i) for i in experts]}
-        if self.lora_route is not None:
-            names["lora_route"] = ["lora_route.weight"]
-        if self.expert_scales is not None:
-            names["expert_scales"] = [f"expert_scales.{i}" for i in experts]
-        return {name: [prefix + key for key in keys] for name, keys in names.items()}
+        names |= {"lora_route": ["lora_route.weight"], "expert_scales": [f"expert_scales.{i}" for i in experts]}
+        own = {name for name, parameter in self._parameters.items() if parameter is not None}
+        return {name: [prefix + key for key in keys] for name, keys in names.items() if name in own}
 
     def _fqn_modifiers(self) -> dict[str, str]:
         # torch.distributed.checkpoint.state_dict follows every name of a state dict along attributes, and goes

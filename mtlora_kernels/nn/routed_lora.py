@@ -27,6 +27,8 @@ class RoutedLoRA(RoutedParameters):
 
     Args:
         features: width of x, and of the output unless `out_features` is given.
+        rank, num_experts: r and N, each 1 to 128. With one expert there is no router.
+        alpha: alpha / rank is the factor of the mixture, except for adaptformer.
         num_groups, group_size: routing groups by their number (default 1) or by their size; give one of them.
         scale_init: first s_i. The published default 0 times the zero B leaves every gradient at exactly 0, so
             it never trains; 0.1 is the factor of AdaptFormer itself.
@@ -35,6 +37,10 @@ class RoutedLoRA(RoutedParameters):
         balance_coef: in training, backward acts as if balance_coef * balance_loss(load) were part of the
             loss, whose value does not show it. The published trainers take 0.01 / number of adapters.
         track_load: keep `last_load` up to date also without a balance term.
+        device, dtype: of the parameters.
+
+    Raises:
+        TypeError, ValueError: a setting that no adapter can have; the message names it.
 
     `last_load` [N] holds the mean routing weights of the last call that computed them, detached, for logging.
     """

@@ -10,10 +10,10 @@ Two providers share one interface:
 ``acc`` below is the accumulation dtype: float32, or float64 when the operator runs in float64.
 """
 
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
+
+from .cublas import one_accumulator
 
 SUM_LANES = 32  # a warp: CUDA's softmax strides its lane sums by 32 before the halving tree
 SUM_ROWS = 256  # rows per partial sum of `sum_rows`
@@ -120,7 +120,7 @@ class Cuda:
         a = zero_padded(a, 0, max(512, m) if fp32 else -(-m // 64) * 64)
         a = zero_padded(a, 1, -(-k // 64) * 64).contiguous()
         b = zero_padded(zero_padded(b, 0, a.shape[1]), 1, -(-n // 64) * 64).contiguous()
-        with _one_accumulator():
+        with one_accumulator():
             if not fp32:
                 return torch.mm(a, b, out_dtype=torch.float32)[:m, :n]
             out = torch.mm(a[:, :FP32_CHUNK], b[:FP32_CHUNK])
@@ -139,27 +139,6 @@ class Cuda:
         return out
 
     exp = staticmethod(torch.exp)
-
-
-@contextmanager
-def _one_accumulator():
-    """cuBLASLt, no split-K, no reduced-precision reductions, no TF32; the caller's settings come back."""
-    flags = torch.backends.cuda.matmul
-    library = torch.backends.cuda.preferred_blas_library()
-    tf32 = flags.allow_tf32
-    bf16 = (flags.allow_bf16_reduced_precision_reduction, flags.allow_bf16_reduced_precision_reduction_split_k)
-    fp16 = (flags.allow_fp16_reduced_precision_reduction, flags.allow_fp16_reduced_precision_reduction_split_k)
-    try:
-        torch.backends.cuda.preferred_blas_library("cublaslt")
-        flags.allow_tf32 = False
-        flags.allow_bf16_reduced_precision_reduction = (False, False)
-        flags.allow_fp16_reduced_precision_reduction = (False, False)
-        yield
-    finally:
-        torch.backends.cuda.preferred_blas_library(library)
-        flags.allow_tf32 = tf32
-        flags.allow_bf16_reduced_precision_reduction = bf16
-        flags.allow_fp16_reduced_precision_reduction = fp16
 
 
 def arithmetic_for(device: torch.device, compute_dtype: torch.dtype) -> type[Portable] | type[Cuda]:

@@ -5,10 +5,10 @@ from .checks import run_case
 from .compare import assert_bitwise_equal, differences
 from .inputs import Inputs, random_inputs, with_layout
 from .lattice import lattice_inputs, rounding_inputs
-from .oracle import float64_results, published_layer
+from .oracle import float64_penalty, float64_results, published_layer
 from .rows import Row
 from .run import run_checks
-from .spectral import float64_penalty, make_adapters, trap_matrices
+from .spectral_inputs import make_adapters, trap_matrices
 
 __all__ = [
     "Inputs", "Row", "assert_bitwise_equal", "assert_matches_reference", "differences", "float64_penalty",

@@ -1,6 +1,6 @@
 """One input, one question: an implementation against the reference, float64, a published layer or itself."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..functional import routed_lora
-from ..reference.arithmetic import _one_accumulator
+from ..reference.cublas import one_accumulator
 from .compare import differences
 from .inputs import Inputs, with_layout
 from .oracle import float64_results, published_layer
@@ -38,16 +38,16 @@ def against_float64(impl: str, inputs: Inputs) -> list[str]:
 
 def against_published(impl: str, inputs: Inputs, *, gradients: bool = True) -> list[str]:
     """numerics="eager" against the published layer; on CUDA under the reference's cuBLAS settings."""
-    with _one_accumulator() if inputs.x.is_cuda else nullcontext():
+    with one_accumulator() if inputs.x.is_cuda else nullcontext():
         expected = published_layer(inputs)
     expected = expected if gradients else {"out": expected["out"]}
     return differences(run_case(impl, inputs), expected, cast=True)
 
 
-def repeats(impl: str, inputs: Inputs) -> list[str]:
+def repeated(results: Callable[[str, object], dict[str, Tensor]], impl: str, inputs: object) -> list[str]:
     """Three runs give the same bits."""
-    first = run_case(impl, inputs)
-    return [message for _ in range(2) for message in differences(run_case(impl, inputs), first)]
+    first = results(impl, inputs)
+    return [message for _ in range(2) for message in differences(results(impl, inputs), first)]
 
 
 def batch_invariance(impl: str, inputs: Inputs, *, sizes: Sequence[int]) -> list[str]:

@@ -125,3 +125,24 @@ def published_layer(inputs: Inputs) -> dict[str, Tensor]:
     if "residual" in leaves and not start_at_residual:
         result = leaves["residual"] + result
     return _with_gradients(inputs, leaves, result, None)
+
+
+def float64_penalty(lora_b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by LAPACK, loops over layers, experts and pairs, and autograd, in float64."""
+    b = lora_b.detach().double().cpu().requires_grad_()
+    loss, (layers, experts, _, rank) = b.sum() * 0, b.shape
+    for layer in b.unbind():
+        weighted = []
+        for expert in layer.unbind():
+            _, s, vh = torch.linalg.svd(expert.detach(), full_matrices=False)
+            w = torch.exp(-s / (s.mean() + 1e-8))
+            if kind == "pairwise":
+                weighted.append(expert @ vh.T @ torch.diag(w.sqrt()) @ vh)
+            else:
+                c = expert.detach().norm() / rank**0.5 + 1e-8
+                gap = expert.T @ expert - c**2 * torch.eye(rank, dtype=b.dtype)
+                loss = loss + (torch.outer(w, w) * gap).square().sum() / (layers * experts)
+        for j, second in enumerate(weighted):
+            for first in weighted[:j]:
+                loss = loss + (first.T @ second).square().sum()
+    return loss.detach(), torch.autograd.grad(loss, b)[0]

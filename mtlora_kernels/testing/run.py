@@ -12,7 +12,7 @@ import torch
 from ..dispatch import UnsupportedCall, available_impls
 from ..spectral_dispatch import available_spectral_impls
 from . import cases
-from .checks import against_float64, against_published, against_reference, batch_invariance, repeats, strided
+from .checks import against_float64, against_published, against_reference, batch_invariance, repeated, run_case, strided
 from .inputs import LAYOUTS, random_inputs
 from .lattice import lattice_inputs, rounding_inputs
 from .rows import Check, Row
@@ -53,7 +53,7 @@ def _self_checks(kind: str, quick: bool) -> Iterator[Check]:
     sizes = cases.BATCH_SIZES[kind]
     for dtype in (BF16,) if quick else (BF16, FP32):
         for shape in cases.REPEAT_SHAPES[kind]:
-            yield Check("repeat", shape, dtype, {"load": True}, random_inputs, repeats)
+            yield Check("repeat", shape, dtype, {"load": True}, random_inputs, partial(repeated, run_case))
         for shape in cases.BATCH_SHAPES[kind]:
             for numerics in NUMERICS:
                 run = partial(batch_invariance, sizes=sizes)

@@ -5,24 +5,21 @@ from functools import partial
 
 import torch
 
+from .checks import repeated
 from .inputs import Draw
 from .rows import Check
-from .spectral import (
+from .spectral_checks import (
     factors,
-    make_adapters,
-    make_matrices,
     penalty_against_float64,
     penalty_against_reference,
     penalty_replayed,
     penalty_results,
-    repeated,
     rsvd_against_best,
     rsvd_against_lapack,
     rsvd_against_reference,
     rsvd_alone,
-    trap_matrices,
-    with_spectrum,
 )
+from .spectral_inputs import make_adapters, make_matrices, trap_matrices, with_spectrum
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # batch, m, n, rank, oversampling, power iterations

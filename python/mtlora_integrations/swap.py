@@ -41,17 +41,20 @@ def swap_in(model: nn.Module, numerics: str = "fp32", impl: str | None = None, s
     sharding; again to change the settings.
 
     Args:
-        numerics: "fp32", more accurate than the hosts, or "eager", which keeps the model's output bit for bit at
-            dropout 0 (same device; on CUDA with split-K off).
+        numerics: "fp32", more accurate than the hosts, or "eager", the hosts' own rounding points: at dropout 0, on
+            CUDA in bf16 and fp16, with products on cuBLASLt and split-K off, the model's output keeps every bit.
         impl: as in `mtlora_kernels.routed_lora`.
         strict: raise where a layer, now or in a later call, would run the host's forward instead.
 
     Raises:
-        ValueError: numerics or impl is unknown; or strict, and an adapter layer cannot be swapped or none is there.
-            The model is left as it was.
+        ValueError: numerics is unknown, or impl on this machine; or strict, and an adapter layer cannot be swapped
+            or none is there. The model is left as it was.
     """
     if numerics not in ("fp32", "eager"):
         raise ValueError(f"numerics is {numerics!r}, it must be 'fp32' or 'eager'")
+    names = dict.fromkeys(mk.available_impls("cpu") + mk.available_impls("cuda"))
+    if impl is not None and impl not in names:
+        raise ValueError(f"impl is {impl!r}, it must be None or one of {tuple(names)}")
     report, found = SwapReport(), {}
     for name, module in model.named_modules():
         host = module.host if isinstance(module, SwappedLayer) else type(module)

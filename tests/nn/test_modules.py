@@ -191,6 +191,9 @@ def test_repr_shows_the_settings():
     [
         ({"rank": 0}, "rank is 0"),
         ({"num_experts": 0}, "num_experts is 0"),
+        ({"rank": 129}, r"rank is 129, it must be in \[1, 128\]"),
+        ({"num_experts": 129}, r"num_experts is 129, it must be in \[1, 128\]"),
+        ({"dropout": 1.0}, r"dropout is 1.0, it must be in \[0, 1\)"),
         ({"style": "moe"}, "style is 'moe'"),
         ({"num_groups": 5}, "num_groups is 5"),
         ({"num_groups": 0}, "num_groups is 0"),
@@ -201,6 +204,19 @@ def test_repr_shows_the_settings():
 def test_wrong_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         mk.nn.RoutedLoRA(**({"features": 16, "rank": 2, "num_experts": 4} | options))
+
+
+@pytest.mark.parametrize("name", ["rank", "num_experts", "features", "num_groups"])
+def test_sizes_are_ints(name):
+    with pytest.raises(TypeError, match=f"{name} is float, it must be an int"):
+        mk.nn.RoutedLoRA(**({"features": 16, "rank": 2, "num_experts": 4} | {name: 2.0}))
+
+
+def test_reset_parameters_leaves_no_load_behind():
+    module = mk.nn.RoutedLoRA(16, 2, 3, device="meta").to_empty(device="cpu")  # as FSDP2's deferred start does
+    module.last_load.fill_(torch.nan)
+    module.reset_parameters()
+    assert not module.last_load.any() and not module.lora_B.any()
 
 
 def test_linear_refuses_layers_with_another_forward():

@@ -9,6 +9,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize, prune
 
 import mtlora_kernels as mk
 
@@ -142,6 +143,19 @@ def test_values_alias_the_parameters_as_in_any_module():
     module.state_dict()["lora_B.1.weight"].fill_(3)
     assert (module.lora_B[1] == 3).all() and not module.lora_B[0].any()
     assert module.state_dict(keep_vars=True)["lora_B.0.weight"].requires_grad
+
+
+def test_parametrised_and_pruned_parameters_keep_their_own_names():
+    source, target = (mk.nn.RoutedLoRA(12, 2, 3) for _ in range(2))
+    for module in (source, target):
+        parametrize.register_parametrization(module, "lora_B", nn.Tanh())
+        prune.l1_unstructured(module, "lora_A", 0.5)
+    nn.init.normal_(source.parametrizations.lora_B.original)
+    state = source.state_dict()
+    assert state.keys() == {"lora_A_orig", "lora_A_mask", "parametrizations.lora_B.original", "lora_route.weight"}
+    target.load_state_dict(state)
+    x = torch.randn(5, 12)
+    assert torch.equal(target(x), source(x))
 
 
 @pytest.fixture

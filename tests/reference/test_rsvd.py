@@ -8,7 +8,8 @@ import torch
 from mtlora_kernels.reference.rsvd import SKETCH, batched_rsvd, normal, signed
 from mtlora_kernels.testing.inputs import Draw
 from mtlora_kernels.testing.rows import Check
-from mtlora_kernels.testing.spectral import make_matrices, rsvd_against_lapack, rsvd_alone, trap_matrices, with_spectrum
+from mtlora_kernels.testing.spectral_checks import rsvd_against_lapack, rsvd_alone
+from mtlora_kernels.testing.spectral_inputs import make_matrices, trap_matrices, with_spectrum
 from mtlora_kernels.testing.spectral_run import spectral_checks
 
 CHECKS = [check for check in spectral_checks("reference", torch.device("cpu"), False) if check.kind == "lapack"]

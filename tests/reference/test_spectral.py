@@ -11,7 +11,8 @@ from mtlora_kernels.reference.spectral import (
     spectral_weights,
 )
 from mtlora_kernels.testing.rows import Check
-from mtlora_kernels.testing.spectral import make_adapters, penalty_against_float64
+from mtlora_kernels.testing.spectral_checks import penalty_against_float64
+from mtlora_kernels.testing.spectral_inputs import make_adapters
 from mtlora_kernels.testing.spectral_run import spectral_checks
 
 CHECKS = [check for check in spectral_checks("reference", torch.device("cpu"), False) if check.kind == "float64"]

@@ -1,81 +1,12 @@
-"""The spectral operators: matrices that break decompositions, float64 answers, and one question per function."""
-
-from collections.abc import Callable
-from dataclasses import dataclass
+"""One input of the spectral operators, one question: as `checks.py`, and against LAPACK."""
 
 import torch
 from torch import Tensor
 
 from ..spectral import batched_rsvd, spectral_penalty
 from .compare import differences
-from .inputs import Draw
-
-RANK_1, EQUAL, GRADED = "rank 1", "equal values", "graded"
-
-
-@dataclass
-class Matrices:
-    """Arguments of one `batched_rsvd` call."""
-
-    a: Tensor
-    options: dict
-
-
-@dataclass
-class Adapters:
-    """lora_b [L, N, d, r] and the other arguments of one `spectral_penalty` call."""
-
-    lora_b: Tensor
-    options: dict
-
-
-def _orthonormal(draw: Draw, batch: int, m: int, n: int) -> Tensor:
-    return torch.linalg.qr(draw.normal(batch, m, n).double())[0]
-
-
-def with_spectrum(draw: Draw, batch: int, m: int, n: int, values: Tensor) -> Tensor:
-    """[batch, m, n] in fp32 with random singular vectors and the given singular values [min(m, n)]."""
-    k = min(m, n)
-    return ((_orthonormal(draw, batch, m, k) * values) @ _orthonormal(draw, batch, n, k).mT).float()
-
-
-def trap_matrices(batch: int, m: int, n: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Finite matrices [batch, m, n] on which published solvers return NaN, hang or lose orthogonality."""
-    draw, k = Draw(0, device), min(m, n)
-    ones = torch.ones(k, dtype=torch.float64, device=device)
-    plain, powers = draw.normal(batch, m, n), torch.linspace(0, -12, k, dtype=torch.float64, device=device)
-    traps = {
-        "zeros": torch.zeros_like(plain),
-        RANK_1: draw.normal(batch, m, 1) @ draw.normal(batch, 1, n),
-        EQUAL: with_spectrum(draw, batch, m, n, 3 * ones),
-        GRADED: with_spectrum(draw, batch, m, n, 10**powers),
-        "graded columns": plain * (10 ** torch.linspace(0, -12, n, device=device)),
-        "1e-30": plain * 1e-30,
-        "1e30": plain * 1e30,
-        "identity": torch.eye(m, n, device=device).expand(batch, m, n),
-        "random": plain,
-    }
-    for name, column in (("zero column", torch.zeros_like(plain[:, :, 0])), ("equal columns", plain[:, :, -1])):
-        traps[name] = plain.clone()
-        traps[name][:, :, n // 2] = column
-    return traps
-
-
-def make_matrices(
-    batch: int, m: int, n: int, *, dtype: torch.dtype, device: torch.device | str, trap: str = "random", **options
-) -> Matrices:
-    a = trap_matrices(batch, m, n, device)[trap] if batch else torch.empty(0, m, n, device=device)
-    return Matrices(a.to(dtype), {"rank": min(m, n)} | options)
-
-
-def make_adapters(
-    L: int, N: int, d: int, r: int, *, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0, **options
-) -> Adapters:
-    """Experts with decaying singular values and a shared part, as training leaves them; scale 0 as it starts."""
-    draw = Draw(0, device)
-    decay = 2.0 ** -torch.arange(r, device=device)
-    lora_b = draw.normal(L, N, d, r) * decay + draw.normal(L, 1, d, r)
-    return Adapters((lora_b * (scale / d**0.5)).to(dtype), options)
+from .oracle import float64_penalty
+from .spectral_inputs import Adapters, Matrices
 
 
 def factors(impl: str, inputs: Matrices) -> dict[str, Tensor]:
@@ -88,27 +19,6 @@ def penalty_results(impl: str | None, inputs: Adapters) -> dict[str, Tensor]:
     loss = spectral_penalty(leaf, **inputs.options, impl=impl)
     (grad,) = torch.autograd.grad(loss * 1.7, leaf)
     return {"loss": loss.detach(), "dlora_b": grad}
-
-
-def float64_penalty(lora_b: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """The loss and its gradient by LAPACK, loops over layers, experts and pairs, and autograd, in float64."""
-    b = lora_b.detach().double().cpu().requires_grad_()
-    loss, (layers, experts, _, rank) = b.sum() * 0, b.shape
-    for layer in b.unbind():
-        weighted = []
-        for expert in layer.unbind():
-            _, s, vh = torch.linalg.svd(expert.detach(), full_matrices=False)
-            w = torch.exp(-s / (s.mean() + 1e-8))
-            if kind == "pairwise":
-                weighted.append(expert @ vh.T @ torch.diag(w.sqrt()) @ vh)
-            else:
-                c = expert.detach().norm() / rank**0.5 + 1e-8
-                gap = expert.T @ expert - c**2 * torch.eye(rank, dtype=b.dtype)
-                loss = loss + (torch.outer(w, w) * gap).square().sum() / (layers * experts)
-        for j, second in enumerate(weighted):
-            for first in weighted[:j]:
-                loss = loss + (first.T @ second).square().sum()
-    return loss.detach(), torch.autograd.grad(loss, b)[0]
 
 
 def _beyond(errors: dict[str, tuple[Tensor | float, float]]) -> list[str]:
@@ -187,11 +97,6 @@ def penalty_against_float64(impl: str, inputs: Adapters) -> list[str]:
             "dlora_b, relative": (error / torch.linalg.vector_norm(1.7 * grad), max(4 * eps, 1e-5)),
         }
     )
-
-
-def repeated(results: Callable[[str, object], dict[str, Tensor]], impl: str, inputs: object) -> list[str]:
-    first = results(impl, inputs)
-    return [message for _ in range(2) for message in differences(results(impl, inputs), first)]
 
 
 def penalty_replayed(impl: str, inputs: Adapters) -> list[str]:
