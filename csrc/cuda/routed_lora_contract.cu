@@ -130,7 +130,8 @@ struct Multiply {
                 }
                 halves[b] = exchange(of_row, lane, 1);
             }
-            run.v[e % kRunExperts] = e < live ? halves[0] + halves[1] : 0.0f;
+            run.v[e % kRunExperts] = halves[0] + halves[1];
+            if (valid < kExperts && e >= live) run.v[e % kRunExperts] = 0.0f;
             if (e % kRunExperts == kRunExperts - 1) to[e / kRunExperts] = run;
         }
         warp_arrive(s.dw_full(group));
@@ -312,7 +313,9 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
     p.padded_rank = padded_rank(f);
     p.stage_bytes = P::kDoutBytes + p.per_block * 2 * P::kHalfBytes;
     p.run = p.experts % 2 ? 4 : 2;  // whole pieces of 8 bytes
-    const int logits = routes && p.sums_w ? kTokens * run_words(p.run, p.experts, P::kExperts) * 4 : 0;
+    // Room for all experts of the last group, in twice an odd number of words: tokens on different banks.
+    p.run_words = (((p.run - 1) * p.experts + P::kExperts + 3) / 4 | 1) * 2;
+    const int logits = routes && p.sums_w ? kTokens * p.run_words * 4 : 0;
     const auto bytes = [&] {
         p.logits_at = P::kTilesAt + p.stages * p.stage_bytes;
         return 1024 + p.logits_at + logits;

@@ -52,7 +52,7 @@ struct ContractArgs {
     int tile_experts;         // in pi_tiles
     int padded_rank, padded_experts;
     int stages, stage_bytes, logits_at;
-    int run;  // groups of d(logits) stored at once
+    int run, run_words;  // groups of d(logits) stored at once, a power of two; of a token in shared memory
 };
 
 // A block's shared memory: barriers, constants of each expert, rings of pi, of d(w) and of tiles, d(logits) on their
@@ -151,12 +151,6 @@ __device__ void load(const ContractArgs& p, const Shared<P>& s) {
     }
 }
 
-// Words of a token's run of d(logits), with room for `padded` experts in its last group: twice an odd number, for the
-// banks.
-__host__ __device__ constexpr int run_words(int run, int experts, int padded) {
-    return (((run - 1) * experts + padded + 3) / 4 | 1) * 2;
-}
-
 // What becomes of d(w): d(logits), or itself for the kernel `route`. Three warps take eight tokens at a time, always
 // the same ones.
 template <class E, class P>
@@ -206,7 +200,7 @@ struct Finish {
     // whose pi and d(w) are 0, are overwritten by the next group.
     template <bool scaled>
     __device__ void route(int group, int first_row) {
-        const int q = lane % 4, row = first_row + lane / 4, at = group % p.run;
+        const int q = lane % 4, row = first_row + lane / 4, at = group & (p.run - 1), words = p.run_words;
         const float* const dw = s.dw(group) + row * P::kDwPitch + 2 * q;
         float pi[kRuns][2], dpi[kRuns][2], total[2];
         uint32_t weights[4];
@@ -239,7 +233,6 @@ struct Finish {
             total[b] = total[b] + __shfl_xor_sync(~0u, total[b], 1);
         }
         const float all = total[0] + total[1];
-        const int words = run_words(p.run, p.experts, P::kExperts);
         char* const staged = s.base + p.logits_at + first_row * words * 4;
         E* const to = reinterpret_cast<E*>(staged + lane / 4 * words * 4) + at * p.experts + 2 * q;
         const bool aligned = at * p.experts % 2 == 0;
