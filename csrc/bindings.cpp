@@ -2,7 +2,6 @@
 #include <pybind11/stl.h>
 
 #include <array>
-#include <iterator>
 #include <stdexcept>
 #include <string>
 
@@ -60,16 +59,41 @@ View view(uintptr_t data, int dtype, const py::tuple& strides) {
 }
 
 #ifdef MTLORA_CUDA
-// plan: the parameters that a kind of call shares. addresses: of x, residual, lora_a, lora_b, router, expert_scale,
-// out, h, pi, load and workspace in this call, 0 for what is absent.
-void routed_lora_fwd_cuda(const RoutedLoraFwd& plan, uintptr_t stream, const std::array<uintptr_t, 11>& addresses) {
-    RoutedLoraFwd f = plan;
-    f.stream = pointer<void>(stream);
-    View* views[] = {&f.x, &f.residual, &f.lora_a, &f.lora_b, &f.router, &f.expert_scale, &f.out, &f.h, &f.pi, &f.load};
-    for (size_t i = 0; i < std::size(views); ++i) views[i]->data = pointer<void>(addresses[i]);
-    f.workspace = pointer<float>(addresses.back());
-    cuda::routed_lora_fwd(f);
+void set_address(View& view, uintptr_t address) {
+    view.data = pointer<void>(address);
 }
+template <class T>
+void set_address(T*& field, uintptr_t address) {
+    field = pointer<T>(address);
+}
+
+// run(plan), with the stream of this call and the addresses of `fields` in it, 0 for what is absent.
+template <auto run, class Params, auto... fields>
+void call(const Params& plan, uintptr_t stream, const std::array<uintptr_t, sizeof...(fields)>& addresses) {
+    Params p = plan;
+    p.stream = pointer<void>(stream);
+    size_t i = 0;
+    (set_address(p.*fields, addresses[i++]), ...);
+    run(p);
+}
+
+// The fields are in the order in which mtlora_kernels/native gives their addresses.
+template <auto run, class P = RoutedLoraFwd>
+constexpr auto routed_lora_fwd = &call<run, P, &P::x, &P::residual, &P::lora_a, &P::lora_b, &P::router,
+                                       &P::expert_scale, &P::out, &P::h, &P::pi, &P::load, &P::workspace>;
+template <auto run, class P = RoutedLoraBwd>
+constexpr auto routed_lora_bwd =
+    &call<run, P, &P::dout, &P::x, &P::lora_a, &P::lora_b, &P::router, &P::expert_scale, &P::h, &P::pi, &P::dload,
+          &P::dx, &P::dlora_a, &P::dlora_b, &P::drouter, &P::dpi, &P::dexpert_scale, &P::workspace>;
+template <auto run, class P = Rsvd>
+constexpr auto batched_rsvd = &call<run, P, &P::matrices, &P::u, &P::s, &P::v, &P::workspace>;
+template <auto run, class P = SpectralWeights>
+constexpr auto spectral_weights = &call<run, P, &P::lora_b, &P::weights, &P::workspace>;
+template <auto run, class P = SpectralPenaltyFwd>
+constexpr auto spectral_penalty_fwd = &call<run, P, &P::lora_b, &P::weights, &P::loss, &P::x, &P::c, &P::workspace>;
+template <auto run, class P = SpectralPenaltyBwd>
+constexpr auto spectral_penalty_bwd = &call<run, P, &P::lora_b, &P::weights, &P::x, &P::c, &P::dloss, &P::dlora_b,
+                                            &P::scaled_k, &P::product, &P::workspace>;
 #endif
 
 }  // namespace
@@ -98,7 +122,6 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("drop_threshold", &RoutedLora::drop_threshold)
         .def_property("seed", nullptr, [](RoutedLora& p, uintptr_t a) { p.seed = pointer<const int64_t>(a); })
         .def_readwrite("threads", &RoutedLora::threads)
-        .def_property("stream", nullptr, [](RoutedLora& p, uintptr_t a) { p.stream = pointer<void>(a); })
         .def_readwrite("x", &RoutedLora::x)
         .def_readwrite("lora_a", &RoutedLora::lora_a)
         .def_readwrite("lora_b", &RoutedLora::lora_b)
@@ -113,8 +136,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("scaling_exact", &RoutedLoraFwd::scaling_exact)
         .def_readwrite("residual", &RoutedLoraFwd::residual)
         .def_readwrite("out", &RoutedLoraFwd::out)
-        .def_readwrite("load", &RoutedLoraFwd::load)
-        .def_property("workspace", nullptr, [](RoutedLoraFwd& p, uintptr_t a) { p.workspace = pointer<float>(a); });
+        .def_readwrite("load", &RoutedLoraFwd::load);
     py::class_<RoutedLoraBwd, RoutedLora>(m, "RoutedLoraBwd")
         .def(py::init([] { return RoutedLoraBwd{}; }))
         .def_readwrite("dout", &RoutedLoraBwd::dout)
@@ -127,8 +149,7 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("dexpert_scale", &RoutedLoraBwd::dexpert_scale)
         .def_property("dlogits", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dlogits = pointer<float>(a); })
         .def_property("dh", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.dh = pointer<float>(a); })
-        .def_readwrite("token_chunk", &RoutedLoraBwd::token_chunk)
-        .def_property("workspace", nullptr, [](RoutedLoraBwd& p, uintptr_t a) { p.workspace = pointer<void>(a); });
+        .def_readwrite("token_chunk", &RoutedLoraBwd::token_chunk);
 
     py::class_<Rsvd>(m, "Rsvd")
         .def(py::init([] { return Rsvd{}; }))
@@ -140,8 +161,6 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("power_iterations", &Rsvd::power_iterations)
         .def_readwrite("seed", &Rsvd::seed)
         .def_readwrite("threads", &Rsvd::threads)
-        .def_property("stream", nullptr, [](Rsvd& p, uintptr_t a) { p.stream = pointer<void>(a); })
-        .def_property("workspace", nullptr, [](Rsvd& p, uintptr_t a) { p.workspace = pointer<double>(a); })
         .def_readwrite("matrices", &Rsvd::matrices)
         .def_property("u", nullptr, [](Rsvd& p, uintptr_t a) { p.u = pointer<float>(a); })
         .def_property("s", nullptr, [](Rsvd& p, uintptr_t a) { p.s = pointer<float>(a); })
@@ -153,8 +172,6 @@ PYBIND11_MODULE(_C, m) {
         .def_readwrite("rank", &Spectral::rank)
         .def_readwrite("pairwise", &Spectral::pairwise)
         .def_readwrite("threads", &Spectral::threads)
-        .def_property("stream", nullptr, [](Spectral& p, uintptr_t a) { p.stream = pointer<void>(a); })
-        .def_property("workspace", nullptr, [](Spectral& p, uintptr_t a) { p.workspace = pointer<double>(a); })
         .def_readwrite("lora_b", &Spectral::lora_b)
         .def_property("weights", nullptr, [](Spectral& p, uintptr_t a) { p.weights = pointer<float>(a); });
     py::class_<SpectralWeights, Spectral>(m, "SpectralWeights").def(py::init([] { return SpectralWeights{}; }));
@@ -166,12 +183,7 @@ PYBIND11_MODULE(_C, m) {
     py::class_<SpectralPenaltyBwd, SpectralPenaltyFwd>(m, "SpectralPenaltyBwd")
         .def(py::init([] { return SpectralPenaltyBwd{}; }))
         .def_property("dloss", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.dloss = pointer<const float>(a); })
-        .def_property("dlora_b", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.dlora_b = pointer<void>(a); })
-        .def_property("k", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.k = pointer<float>(a); })
-        .def_property("scaled_k", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.scaled_k = pointer<void>(a); })
-        .def_property("up", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.up = pointer<float>(a); })
-        .def_property("product", nullptr,
-                      [](SpectralPenaltyBwd& p, uintptr_t a) { p.product = pointer<const float>(a); });
+        .def_property("dlora_b", nullptr, [](SpectralPenaltyBwd& p, uintptr_t a) { p.dlora_b = pointer<void>(a); });
 
     m.def("routed_lora_fwd_cpu", &cpu::routed_lora_fwd, py::call_guard<py::gil_scoped_release>());
     m.def("routed_lora_bwd_cpu", &cpu::routed_lora_bwd, py::call_guard<py::gil_scoped_release>());
@@ -180,19 +192,20 @@ PYBIND11_MODULE(_C, m) {
     m.def("spectral_penalty_fwd_cpu", &cpu::spectral_penalty_fwd, py::call_guard<py::gil_scoped_release>());
     m.def("spectral_penalty_bwd_cpu", &cpu::spectral_penalty_bwd, py::call_guard<py::gil_scoped_release>());
 #ifdef MTLORA_CUDA
-    m.def("routed_lora_fwd_cuda", &routed_lora_fwd_cuda);
-    m.def("routed_lora_bwd_cuda", &cuda::routed_lora_bwd);
+    m.def("routed_lora_fwd_cuda", routed_lora_fwd<&cuda::routed_lora_fwd>);
+    m.def("routed_lora_bwd_cuda", routed_lora_bwd<&cuda::routed_lora_bwd>);
     m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);
     m.def("rsvd_workspace", &cuda::rsvd_workspace);
-    m.def("batched_rsvd_cuda", &cuda::batched_rsvd);
+    m.def("batched_rsvd_cuda", batched_rsvd<&cuda::batched_rsvd>);
     m.def("spectral_workspace", &cuda::spectral_workspace);
-    m.def("spectral_weights_cuda", &cuda::spectral_weights);
-    m.def("spectral_features_cuda", &cuda::spectral_features);
-    m.def("spectral_loss_cuda", &cuda::spectral_loss);
-    m.def("spectral_slope_cuda", &cuda::spectral_slope);
-    m.def("spectral_gradient_cuda", &cuda::spectral_gradient);
-    m.def("spectral_cross_product_cuda", &cuda::spectral_cross_product);
-    m.def("spectral_gradient_product_cuda", &cuda::spectral_gradient_product);
+    m.def("spectral_bwd_workspace", &cuda::spectral_bwd_workspace);
+    m.def("spectral_weights_cuda", spectral_weights<&cuda::spectral_weights>);
+    m.def("spectral_penalty_fwd_cuda", spectral_penalty_fwd<&cuda::spectral_penalty_fwd>);
+    m.def("spectral_features_cuda", spectral_penalty_fwd<&cuda::spectral_features>);
+    m.def("spectral_loss_cuda", spectral_penalty_fwd<&cuda::spectral_loss>);
+    m.def("spectral_penalty_bwd_cuda", spectral_penalty_bwd<&cuda::spectral_penalty_bwd>);
+    m.def("spectral_slope_cuda", spectral_penalty_bwd<&cuda::spectral_slope>);
+    m.def("spectral_gradient_cuda", spectral_penalty_bwd<&cuda::spectral_gradient>);
 #endif
 }

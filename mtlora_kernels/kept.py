@@ -41,8 +41,8 @@ def keep_input(block: nn.Module) -> RemovableHandle:
     reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it.
 
     The input comes first or as hidden_states=. The first `routed_lora` on it that holds little makes use of this, any
-    other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises. Removing the
-    handle that is returned undoes it.
+    other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises and says so.
+    Removing the handle that is returned undoes it.
     """
     return block.register_forward_pre_hook(_keep_input, with_kwargs=True)
 
@@ -80,7 +80,13 @@ class Kept:
     def __call__(self) -> tuple[Tensor | None, ...]:
         if self.rest is None:
             raise RuntimeError("backward of routed_lora a second time, the first must have had retain_graph=True")
-        (x,), rest = self.keeper.saved_tensors, self.rest
+        try:
+            (x,), rest = self.keeper.saved_tensors, self.rest
+        except RuntimeError as error:
+            raise RuntimeError(
+                "backward of routed_lora cannot read the input that keep_input saved, as compiled autograd after an "
+                f"eager forward never can: {error}"
+            ) from error
         if self.versions != [t if t is None else t._version for t in rest]:
             raise RuntimeError(
                 "lora_a, lora_b, router, expert_scale or dropout_seed, which backward needs, was changed in place"

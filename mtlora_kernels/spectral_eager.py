@@ -30,6 +30,9 @@ class _Penalty(torch.autograd.Function):
         return spectral_ops.gradients(ctx, dloss, lambda *inputs: _run("spectral_penalty_bwd", *inputs))
 
 
+_apply = super(torch.autograd.Function, _Penalty).apply  # see eager.py
+
+
 def weights(lora_b: Tensor, kind: str, impl: str) -> Tensor:
     """The operator spectral_weights of a tensor that needs no gradient."""
     if torch.compiler.is_compiling():
@@ -42,5 +45,5 @@ def penalty(lora_b: Tensor, held: Tensor, kind: str, impl: str) -> Tensor:
     if torch.compiler.is_compiling():
         return spectral_ops.operator("spectral_penalty_fwd")(lora_b, held, kind, impl)[0]
     if torch.is_grad_enabled() and lora_b.requires_grad:
-        return _Penalty.apply(lora_b, held, kind, impl)
+        return (_Penalty.apply if torch._C._are_functorch_transforms_active() else _apply)(lora_b, held, kind, impl)
     return _run("spectral_penalty_fwd", lora_b, held, kind, impl)[0]

@@ -56,4 +56,4 @@ def test_a_backward_of_more_threads_than_are_counted_is_refused_before_its_first
     params.tokens, params.experts, params.groups, params.rank = tokens, experts, groups, rank
     params.d_in, params.d_out, params.token_chunk = 64, 16 * groups, tokens
     with pytest.raises(RuntimeError, match=f"{tokens} tokens with {groups} groups of {experts} experts"):
-        _C.routed_lora_bwd_cuda(params)
+        _C.routed_lora_bwd_cuda(params, 0, [0] * 16)

@@ -45,10 +45,8 @@ struct SpectralPenaltyFwd : Spectral {
 struct SpectralPenaltyBwd : SpectralPenaltyFwd {
     const float* dloss;
     void* dlora_b;  // dtype of lora_b, [layers * experts, rows, rank]
-    // CUDA only, pairwise; product where the library multiplies x and scaled_k:
-    float* k;              // K, shape of c
-    void* scaled_k;        // dtype of lora_b, shape of c
-    float* up;             // [layers]: undoes the scaling
+    // CUDA only, pairwise, where the library multiplies x and scaled_k:
+    void* scaled_k;        // dtype of lora_b, shape of c; else in the workspace
     const float* product;  // [layers, rows, experts * rank]
 };
 

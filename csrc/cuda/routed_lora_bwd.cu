@@ -105,33 +105,39 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteArgs p) {
     }
 }
 
-// Hands out pieces of one allocation, or only counts them.
+// Hands out pieces of an allocation, or only counts them.
 struct Carver {
     char* base;
     int64_t used = 0;
 
-    void* take(bool wanted, int64_t bytes) {
-        if (!wanted) return nullptr;
+    void* take(int64_t bytes) {
         char* const piece = base + used;
         used += ceil_div(bytes, 256) * 256;
         return piece;
     }
 };
 
-Buffers carve(const RoutedLoraBwd& f, Carver& carver) {
+Buffers carve(const RoutedLoraBwd& f, Carver& workspace) {
     const bool needs_rows = f.dx.data || f.dlora_a.data || f.drouter.data;
     const bool needs_dw = f.dpi.data || f.dexpert_scale.data || (needs_rows && f.router.data);
     const bool routes = contract_routes(f);
     const int64_t pairs = f.tokens * f.groups;
-    Buffers w;
-    w.dw = static_cast<float*>(carver.take(needs_dw && !routes, pairs * f.experts * 4));
-    w.dh = static_cast<float*>(carver.take(needs_rows && !routes, column_blocks(f) * f.tokens * f.rank * 4));
-    w.chunk_sums = static_cast<float*>(carver.take(chunk_sums(f) > 0, chunk_sums(f) * 4));
-    w.rows = carver.take(needs_rows, f.tokens * row_pitch(f) * 2);
     const int64_t depth = contract_depth(f), b_steps = ceil_div(f.d_out / f.groups, depth);
-    w.b_tiles = carver.take(needs_dw || needs_rows, f.groups * b_steps * weight_blocks(f) * depth * 256);
-    w.pi_tiles = carver.take(f.dlora_b.data || needs_rows, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
-    w.sums = static_cast<float*>(carver.take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
+    // `grad_x` runs last and reads the rows alone: all else lies in the memory of d(x) where there is room.
+    Carver lent{static_cast<char*>(f.dx.data)};
+    const int64_t room = f.dx.data ? f.tokens * f.d_in * 2 : 0;
+    const auto take = [&](bool wanted, int64_t bytes) -> void* {
+        if (!wanted) return nullptr;
+        return (lent.used + bytes <= room ? lent : workspace).take(bytes);
+    };
+    Buffers w;
+    w.rows = needs_rows ? workspace.take(f.tokens * row_pitch(f) * 2) : nullptr;
+    w.chunk_sums = static_cast<float*>(take(chunk_sums(f) > 0, chunk_sums(f) * 4));
+    w.dw = static_cast<float*>(take(needs_dw && !routes, pairs * f.experts * 4));
+    w.dh = static_cast<float*>(take(needs_rows && !routes, column_blocks(f) * f.tokens * f.rank * 4));
+    w.b_tiles = take(needs_dw || needs_rows, f.groups * b_steps * weight_blocks(f) * depth * 256);
+    w.pi_tiles = take(f.dlora_b.data || needs_rows, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
+    w.sums = static_cast<float*>(take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;
 }
 
@@ -207,11 +213,11 @@ void routed_lora_bwd(const RoutedLoraBwd& f) {
     if (w.dw || w.dh) route(f, w);
     if (f.dlora_b.data) grad_b(f, w);
     if (f.dlora_a.data || f.drouter.data) grad_rows(f, w);
-    if (f.dx.data) grad_x(f, w);  // last: what it writes leaves L2 while others read
     if (f.dexpert_scale.data) {
         sum_rows(w.dw, DType::f32, f.tokens * f.groups, int(f.experts), f.scaling,
                  static_cast<float*>(f.dexpert_scale.data), w.sums, f.stream);
     }
+    if (f.dx.data) grad_x(f, w);  // last: it overwrites other workspaces, and pushes what others read out of L2
 }
 
 }  // namespace mtlora::cuda

@@ -8,7 +8,7 @@
 
 namespace mtlora::cuda {
 
-// Workspaces; absent where no gradient asked for reads them.
+// Workspaces; absent where no gradient asked for reads them. All but the rows may lie in d(x).
 struct Buffers {
     float* dw;          // [T, G, N]; pi d(w) after `route` where d(expert_scale) is asked for
     float* dh;          // [blocks of 128 columns, T, rank]

@@ -173,13 +173,12 @@ struct Finish {
         for (int group = 0; group < p.groups; ++group) {
             barrier_wait(s.dw_full(group), parity<P::kDwStages>(group));
             if (p.rows) barrier_wait(s.pi_full(group), parity<kPiStages>(group));
-            for (int row = 8 * warp; row < kTokens; row += 8 * kFinishing) {
-                if (!p.rows)
-                    store(group, row, first, experts);
-                else if (p.scale || p.dload)
-                    route<true>(group, row);
-                else
-                    route<false>(group, row);
+            if (!p.rows) {
+                for (int row = 8 * warp; row < kTokens; row += 8 * kFinishing) store(group, row, first, experts);
+            } else if (p.scale || p.dload) {
+                route<true>(group);
+            } else {
+                route<false>(group);
             }
             warp_arrive(s.dw_empty(group));
             if (p.rows && lane == 0) barrier_arrive(s.pi_empty(group));
@@ -196,71 +195,95 @@ struct Finish {
         }
     }
 
+    template <bool scaled>
+    __device__ void route(int group) {
+        static_assert(kTokens == 8 * 8 && kFinishing == 3);
+        route_eights<scaled, 2>(group, 8 * warp);  // two at a time hide each other's latencies
+        if (warp < 2) route_eights<scaled, 1>(group, 8 * (warp + 6));
+    }
+
     // d(logits) = pi (d(pi) - sum over N of pi d(pi)), of experts 8 m + 2 q + b in thread q of a token. Those beyond N,
     // whose pi and d(w) are 0, are overwritten by the next group.
-    template <bool scaled>
-    __device__ void route(int group, int first_row) {
-        const int q = lane % 4, row = first_row + lane / 4, at = group & (p.run - 1), words = p.run_words;
-        const float* const dw = s.dw(group) + row * P::kDwPitch + 2 * q;
-        float pi[kRuns][2], dpi[kRuns][2], total[2];
-        uint32_t weights[4];
-        load_matrices<true>(
-            weights, smem_address(s.pi(group)) + swizzled<128>(uint32_t(lane % P::kExperts * kPiRow + first_row * 2)));
+    template <bool scaled, int eights>
+    __device__ void route_eights(int group, int first_row) {
+        const int q = lane % 4, at = group & (p.run - 1), words = p.run_words;
+        float pi[eights][kRuns][2], dpi[eights][kRuns][2], all[eights];
 #pragma unroll
-        for (int m = 0; m < kRuns; ++m) {
-            const float2 weight = unpacked<E>(weights[m]), v = *reinterpret_cast<const float2*>(dw + 8 * m);
-            pi[m][0] = weight.x, pi[m][1] = weight.y;
-            dpi[m][0] = v.x, dpi[m][1] = v.y;
-        }
-#pragma unroll
-        for (int b = 0; b < 2; ++b) {
-            float sum[kRuns];
+        for (int i = 0; i < eights; ++i) {
+            const int row = first_row + 8 * kFinishing * i;
+            const float* const dw = s.dw(group) + (row + lane / 4) * P::kDwPitch + 2 * q;
+            uint32_t weights[4];
+            load_matrices<true>(
+                weights, smem_address(s.pi(group)) + swizzled<128>(uint32_t(lane % P::kExperts * kPiRow + row * 2)));
 #pragma unroll
             for (int m = 0; m < kRuns; ++m) {
-                const int e = 8 * m + 2 * q + b;
-                dpi[m][b] = dpi[m][b] * (scaled ? s.factor()[e] : p.scaling);
-                if (scaled && p.dload) dpi[m][b] = dpi[m][b] + s.load()[e];
-                sum[m] = pi[m][b] * dpi[m][b];
+                const float2 weight = unpacked<E>(weights[m]), v = *reinterpret_cast<const float2*>(dw + 8 * m);
+                pi[i][m][0] = weight.x, pi[i][m][1] = weight.y;
+                dpi[i][m][0] = v.x, dpi[i][m][1] = v.y;
             }
-            if (p.padded_experts < P::kExperts) {  // the tree pads N to a power of two by 0; -0 changes nothing
+        }
+#pragma unroll
+        for (int i = 0; i < eights; ++i) {
+            float total[2];
+#pragma unroll
+            for (int b = 0; b < 2; ++b) {
+                float sum[kRuns];
 #pragma unroll
                 for (int m = 0; m < kRuns; ++m) {
-                    sum[m] = 8 * m + 2 * q + b < p.padded_experts ? sum[m] : -0.0f;
+                    const int e = 8 * m + 2 * q + b;
+                    float& v = dpi[i][m][b];
+                    v = v * (scaled ? s.factor()[e] : p.scaling);
+                    if (scaled && p.dload) v = v + s.load()[e];
+                    sum[m] = pi[i][m][b] * v;
                 }
+                if (p.padded_experts < P::kExperts) {  // the tree pads N to a power of two by 0; -0 changes nothing
+#pragma unroll
+                    for (int m = 0; m < kRuns; ++m) {
+                        sum[m] = 8 * m + 2 * q + b < p.padded_experts ? sum[m] : -0.0f;
+                    }
+                }
+                total[b] = tree_sum(sum);
+                total[b] = total[b] + __shfl_xor_sync(~0u, total[b], 2);
+                total[b] = total[b] + __shfl_xor_sync(~0u, total[b], 1);
             }
-            total[b] = tree_sum(sum);
-            total[b] = total[b] + __shfl_xor_sync(~0u, total[b], 2);
-            total[b] = total[b] + __shfl_xor_sync(~0u, total[b], 1);
+            all[i] = total[0] + total[1];
         }
-        const float all = total[0] + total[1];
-        char* const staged = s.base + p.logits_at + first_row * words * 4;
-        E* const to = reinterpret_cast<E*>(staged + lane / 4 * words * 4) + at * p.experts + 2 * q;
         const bool aligned = at * p.experts % 2 == 0;
 #pragma unroll
-        for (int m = 0; m < kRuns; ++m) {
-            const Pair<E> pair = rounded2<E>(pi[m][0] * (dpi[m][0] - all), pi[m][1] * (dpi[m][1] - all));
-            if (aligned)
-                *reinterpret_cast<Pair<E>*>(to + 8 * m) = pair;
-            else
-                to[8 * m] = pair.x, to[8 * m + 1] = pair.y;
+        for (int i = 0; i < eights; ++i) {
+            char* const staged = s.base + p.logits_at + (first_row + 8 * kFinishing * i + lane / 4) * words * 4;
+            E* const to = reinterpret_cast<E*>(staged) + at * p.experts + 2 * q;
+#pragma unroll
+            for (int m = 0; m < kRuns; ++m) {
+                const Pair<E> pair =
+                    rounded2<E>(pi[i][m][0] * (dpi[i][m][0] - all[i]), pi[i][m][1] * (dpi[i][m][1] - all[i]));
+                if (aligned)
+                    *reinterpret_cast<Pair<E>*>(to + 8 * m) = pair;
+                else
+                    to[8 * m] = pair.x, to[8 * m + 1] = pair.y;
+            }
         }
         __syncwarp();
         if (at == p.run - 1 || group == p.groups - 1) {
-            store_run(staged, words, token + first_row, group - at, at + 1);
+#pragma unroll
+            for (int i = 0; i < eights; ++i) store_run(first_row + 8 * kFinishing * i, group - at, at + 1);
             __syncwarp();
         }
     }
 
-    // In pieces of 8 bytes, the last of which may reach into the padding of the rows. Two groups are up to 16 pieces.
-    __device__ void store_run(const char* staged, int words, int64_t token, int group, int groups) {
-        const int lanes = p.run == 2 ? 16 : 32, piece = lane % lanes;
+    // Eight tokens, in pieces of 8 bytes, the last of which may reach into the padding of the rows. Two groups are up
+    // to 16 pieces.
+    __device__ void store_run(int row, int group, int groups) {
+        const int lanes = p.run == 2 ? 16 : 32, piece = lane % lanes, first = lane / lanes, stride = 32 / lanes;
         if (4 * piece >= groups * p.experts) return;
-        const uint2* const from = reinterpret_cast<const uint2*>(staged) + piece;
-        E* const row = static_cast<E*>(p.rows) + token * p.pitch + p.padded_rank + group * p.experts;
-        uint2* const to = reinterpret_cast<uint2*>(row) + piece;
-        const int rows = int(min(int64_t(8), p.tokens - token));
-#pragma unroll
-        for (int i = lane / lanes; i < rows; i += 32 / lanes) to[i * (p.pitch / 4)] = from[i * (words / 2)];
+        const int64_t t = token + row + first;
+        const int from_stride = p.run_words / 2;
+        const int64_t to_stride = p.pitch / 4;
+        const uint2* from = reinterpret_cast<const uint2*>(s.base + p.logits_at) + (row + first) * from_stride + piece;
+        E* const start = static_cast<E*>(p.rows) + t * p.pitch + p.padded_rank + group * p.experts;
+        uint2* to = reinterpret_cast<uint2*>(start) + piece;
+        const int rows = int(min(int64_t(8 - first), p.tokens - t));
+        for (int i = 0; i < rows; i += stride, from += stride * from_stride, to += stride * to_stride) *to = *from;
     }
 };
 

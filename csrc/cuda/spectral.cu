@@ -211,12 +211,37 @@ void loss_of(const SpectralPenaltyFwd& p, int64_t groups, int64_t count, double 
                         p.stream, false, LossArgs{sums, p.loss, int(groups), int(count), divisor});
 }
 
+// What the pairwise backward keeps in its workspace.
+struct Slope {
+    float* k;        // K, shape of c
+    void* scaled_k;  // K in the dtype of lora_b, the largest element of a layer in [1, 2)
+    float* up;       // [layers]: undoes the scaling
+    float* largest;  // [layers * experts, blocks of rows]: magnitude in K
+    int64_t bytes;
+};
+
+Slope slope_of(const SpectralPenaltyBwd& p) {
+    const int64_t width = p.experts * p.rank, elements = p.layers * width * width;
+    const int64_t element_bytes = p.lora_b.dtype == DType::f32 ? 4 : 2;
+    char* const base = reinterpret_cast<char*>(p.workspace);
+    Slope s = {};
+    const auto take = [&](int64_t bytes) {
+        char* const piece = base + s.bytes;
+        s.bytes += (bytes + 15) / 16 * 16;
+        return piece;
+    };
+    s.k = reinterpret_cast<float*>(take(elements * 4));
+    s.scaled_k = p.scaled_k ? p.scaled_k : take(elements * element_bytes);
+    s.up = reinterpret_cast<float*>(take(p.layers * 4));
+    s.largest = reinterpret_cast<float*>(take(p.layers * p.experts * projection_blocks(width) * 4));
+    return s;
+}
+
 }  // namespace
 
 int64_t spectral_workspace(const Spectral& p) {
-    const int64_t matrices = p.layers * p.experts, rows = matrices * p.rank;
-    const int64_t largest = matrices * projection_blocks(p.experts * p.rank);
-    return gram_doubles(matrices, p.rank) + rows + largest;
+    const int64_t matrices = p.layers * p.experts;
+    return gram_doubles(matrices, p.rank) + matrices * p.rank;
 }
 
 void spectral_weights(const SpectralWeights& p) {
@@ -255,9 +280,21 @@ void spectral_loss(const SpectralPenaltyFwd& p) {
     loss_of(p, 1, matrices, double(matrices), sums);
 }
 
+void spectral_penalty_fwd(const SpectralPenaltyFwd& p) {
+    if (p.pairwise) {
+        spectral_features(p);
+        spectral_cross_product(p);
+    }
+    spectral_loss(p);
+}
+
+int64_t spectral_bwd_workspace(const SpectralPenaltyBwd& p) {
+    return p.pairwise ? slope_of(p).bytes / int64_t(sizeof(double)) : 0;
+}
+
 void spectral_slope(const SpectralPenaltyBwd& p) {
     const int64_t width = p.experts * p.rank, size = width * width;
-    float* largest = reinterpret_cast<float*>(p.workspace);
+    const Slope slope = slope_of(p);
     Projection q = {};
     q.a = p.c;
     q.a_layer = q.out_layer = size;
@@ -266,8 +303,8 @@ void spectral_slope(const SpectralPenaltyBwd& p) {
     q.w = p.weights;
     q.transposed = true;
     q.factor = 2;
-    q.largest = largest;
-    q.out = p.k;
+    q.largest = slope.largest;
+    q.out = slope.k;
     q.layers = p.layers;
     q.experts = p.experts;
     q.rows = width;
@@ -275,9 +312,9 @@ void spectral_slope(const SpectralPenaltyBwd& p) {
     project(q, p.stream);
     const int parts = int(p.experts * projection_blocks(width)), blocks = int(size / (8 * kThreads) + 1);
     for_dtype(p.lora_b.dtype, [&](auto element) {
-        launch<scale_kernel<decltype(element)>>("spectral_scale", dim3{unsigned(p.layers * blocks)}, kThreads, 0,
-                                                p.stream, false,
-                                                ScaleArgs{p.k, largest, p.scaled_k, p.up, size, parts, blocks});
+        launch<scale_kernel<decltype(element)>>(
+            "spectral_scale", dim3{unsigned(p.layers * blocks)}, kThreads, 0, p.stream, false,
+            ScaleArgs{slope.k, slope.largest, slope.scaled_k, slope.up, size, parts, blocks});
     });
 }
 
@@ -292,12 +329,20 @@ void spectral_gradient(const SpectralPenaltyBwd& p) {
         q.out_row = p.rank;
         return project(q, p.stream);
     }
+    const float* up = slope_of(p).up;
     const int64_t blocks = p.layers * ((p.rows + kWarps - 1) / kWarps);
     for_dtype(p.lora_b.dtype, [&](auto element) {
         launch<gradient_kernel<decltype(element)>>(
             "spectral_gradient", dim3{unsigned(blocks)}, kThreads, 0, p.stream, false,
-            GradientArgs{p.product, p.up, p.dloss, p.dlora_b, p.rows, int(p.experts), int(p.rank)});
+            GradientArgs{p.product, up, p.dloss, p.dlora_b, p.rows, int(p.experts), int(p.rank)});
     });
+}
+
+void spectral_penalty_bwd(const SpectralPenaltyBwd& p) {
+    if (!p.pairwise) return spectral_gradient(p);
+    const Slope slope = slope_of(p);
+    spectral_slope(p);
+    spectral_gradient_product(p, slope.scaled_k, slope.up);
 }
 
 }  // namespace mtlora::cuda

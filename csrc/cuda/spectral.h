@@ -12,20 +12,21 @@ namespace mtlora::cuda {
 int64_t rsvd_workspace(const Rsvd& p);  // doubles
 void batched_rsvd(const Rsvd& p);
 
-int64_t spectral_workspace(const Spectral& p);  // doubles, for each of the functions below
+int64_t spectral_workspace(const Spectral& p);  // doubles, for weights and forward
 void spectral_weights(const SpectralWeights& p);
-// Pairwise forward: `spectral_features` (x), C = X^T X, `spectral_loss`. The Gram form is `spectral_loss` alone, which
-// then writes the slope in c.
+void spectral_penalty_fwd(const SpectralPenaltyFwd& p);
+int64_t spectral_bwd_workspace(const SpectralPenaltyBwd& p);  // doubles
+void spectral_penalty_bwd(const SpectralPenaltyBwd& p);
+
+// The pairwise products, for fp32, and for 16-bit elements where experts * rank is a multiple of 8; the second ends in
+// the gradient. Otherwise they are the caller's: `spectral_features` (x), C = X^T X, `spectral_loss`, and
+// `spectral_slope` (scaled_k), X scaled_k, `spectral_gradient`.
+void spectral_cross_product(const SpectralPenaltyFwd& p);
+void spectral_gradient_product(const SpectralPenaltyBwd& p, const void* scaled_k, const float* up);
 void spectral_features(const SpectralPenaltyFwd& p);
 void spectral_loss(const SpectralPenaltyFwd& p);
-// Pairwise backward: `spectral_slope` (scaled_k and up), X scaled_k, `spectral_gradient`. The Gram form is
-// `spectral_gradient` alone.
 void spectral_slope(const SpectralPenaltyBwd& p);
 void spectral_gradient(const SpectralPenaltyBwd& p);
-// The two products, for fp32, and for 16-bit elements where experts * rank is a multiple of 8; the second is
-// `spectral_gradient` as well. Otherwise they are the caller's.
-void spectral_cross_product(const SpectralPenaltyFwd& p);
-void spectral_gradient_product(const SpectralPenaltyBwd& p);
 
 struct RsvdWorkspace {
     double *gram, *product, *basis, *scale, *inverse;

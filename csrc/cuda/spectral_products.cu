@@ -330,8 +330,8 @@ void spectral_cross_product(const SpectralPenaltyFwd& p) {
     for_dtype(p.lora_b.dtype, [&](auto element) { cross<decltype(element)>(p, a); });
 }
 
-void spectral_gradient_product(const SpectralPenaltyBwd& p) {
-    const GradientArgs a{p.x, p.scaled_k, p.up, p.dloss, p.dlora_b, int(p.rows), int(p.experts * p.rank), int(p.rank)};
+void spectral_gradient_product(const SpectralPenaltyBwd& p, const void* scaled_k, const float* up) {
+    const GradientArgs a{p.x, scaled_k, up, p.dloss, p.dlora_b, int(p.rows), int(p.experts * p.rank), int(p.rank)};
     for_dtype(p.lora_b.dtype, [&](auto element) { gradient<decltype(element)>(p, a); });
 }
 

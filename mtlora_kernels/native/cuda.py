@@ -1,5 +1,6 @@
 """`routed_lora` on the Hopper kernels of `_C`; same arguments and results as the reference with Cuda arithmetic."""
 
+from collections.abc import Callable, Sequence
 from functools import reduce
 from operator import or_
 
@@ -7,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from ..memo import Memo
 from ..reference.routed_lora import is_representable
 from .params import set_common, set_fields
+from .plan import Plan, addresses, plans, raw_stream
 
 
 def _rows_fit(t: Tensor) -> bool:
@@ -18,19 +19,48 @@ def _rows_fit(t: Tensor) -> bool:
     return t.stride(1) == 1 and pitch >= t.shape[1] and pitch * t.element_size() % 16 == 0
 
 
-def copyable(t: Tensor | None) -> Tensor | None:
-    """t itself, or a copy where the copy engine cannot address its rows or t does not start at 16 bytes."""
-    if t is None or (_rows_fit(t) and t.data_ptr() % 16 == 0):
-        return t
-    return t.clone(memory_format=torch.contiguous_format)
+def _copyable(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """t in this dtype as the copy engine addresses rows, starting at 16 bytes."""
+    if t is None:
+        return None
+    t = t.to(dtype)
+    return t if _rows_fit(t) and t.data_ptr() % 16 == 0 else t.clone(memory_format=torch.contiguous_format)
 
 
-def packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _packed(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """w as the kernels read weights: in the compute dtype, contiguous from a 16-byte boundary."""
     if w is None:
         return None
     w = w.to(dtype).contiguous()
     return w if w.data_ptr() % 16 == 0 else w.clone()
+
+
+def launch(
+    run: Callable, plan_of: Callable[..., Plan], E: torch.dtype, inputs: Sequence[Tensor | None],
+    others: Sequence[Tensor | None], options: tuple,
+) -> None:  # fmt: skip
+    """run, of `_C`, on the inputs, the others and the workspace that plan_of(inputs, others, *options) asks for.
+
+    inputs: two that are copied by rows, then what is read as weights are; copies of them where they do not fit the
+    kernels. others: contiguous, with shapes that follow from those of the inputs.
+    """
+    layouts = [t if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
+    key = (plan_of, E, inputs[0].get_device(), *options, *layouts, *[t if t is None else t.dtype for t in others])
+    plan = plans.get(key)
+    if plan is None:
+        plan = plans.keep(key, _fits(inputs, E) and plan_of(inputs, others, *options))
+    given = addresses(inputs)
+    if plan is False or reduce(or_, given) % 16:
+        rows, weights = [_copyable(t, E) for t in inputs[:2]], [_packed(w, E) for w in inputs[2:]]
+        return launch(run, plan_of, E, (*rows, *weights), others, options)
+    workspace = plan.new_workspace(inputs[0])
+    run(plan.params, raw_stream(inputs[0]), given + addresses((*others, workspace)))
+
+
+def _fits(inputs: Sequence[Tensor | None], E: torch.dtype) -> bool:
+    rows, weights = ([t for t in part if t is not None] for part in (inputs[:2], inputs[2:]))
+    in_memory = all(_rows_fit(t) for t in rows) and all(w.is_contiguous() for w in weights)
+    return in_memory and all(t.dtype == E for t in (*rows, *weights))
 
 
 def routed_lora_fwd(
@@ -62,44 +92,23 @@ def routed_lora_fwd(
     load = x.new_empty(experts, dtype=torch.float32) if return_load else None
     if tokens == 0:
         return out, load.fill_(float("nan")) if return_load else None, h, pi
-    partial = load.new_empty(_C.sum_rows_workspace(tokens * num_groups, experts)) if return_load else None
-    _launch(
-        (x, residual, lora_a, lora_b, router, expert_scale), (out, h, pi, load, partial),
-        (scaling, activation, numerics == "eager", accumulate_into_residual),
+    launch(
+        _C.routed_lora_fwd_cuda, _plan, x.dtype, (x, residual, lora_a, lora_b, router, expert_scale),
+        (out, h, pi, load), (num_groups, scaling, activation, numerics == "eager", accumulate_into_residual),
     )  # fmt: skip
     return out, load, h, pi
 
 
-# By sizes, strides and options: all parameters but stream and addresses, or False where inputs must be copied first.
-_plans: Memo[_C.RoutedLoraFwd | bool] = Memo()
-
-
-def _launch(inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], options: tuple) -> None:
-    addresses = [0 if t is None else t.data_ptr() for t in (*inputs, *outputs)]
-    layouts = [t if t is None else (t.shape, t.stride(), t.dtype) for t in inputs]
-    key = (*options, *layouts, outputs[2].shape, outputs[3] is None)
-    plan = _plans.get(key)
-    if plan is None:
-        plan = _plans.keep(key, _plan(inputs, outputs, *options))
-    if plan is False or reduce(or_, addresses) % 16:
-        E = outputs[0].dtype
-        _launch((*map(copyable, inputs[:2]), *(packed(w, E) for w in inputs[2:])), outputs, options)
-    else:
-        _C.routed_lora_fwd_cuda(plan, torch._C._cuda_getCurrentRawStream(inputs[0].get_device()), addresses)
-
-
 def _plan(
-    inputs: tuple[Tensor | None, ...], outputs: tuple[Tensor | None, ...], scaling: float, activation: str | None,
-    eager: bool, accumulate_into_residual: bool,
-) -> _C.RoutedLoraFwd | bool:  # fmt: skip
-    (x, residual, *weights), (out, h, pi, load, _) = inputs, outputs
-    rows_fit = all(t is None or _rows_fit(t) for t in (x, residual))
-    if not rows_fit or not all(w is None or (w.dtype == out.dtype and w.is_contiguous()) for w in weights):
-        return False
+    inputs: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...], num_groups: int, scaling: float,
+    activation: str | None, eager: bool, accumulate_into_residual: bool,
+) -> Plan:  # fmt: skip
+    (x, residual, *weights), (out, h, pi, load) = inputs, others
     params = _C.RoutedLoraFwd()
     set_common(params, x, *weights, None, h, pi, scaling, activation, 0.0)
     set_fields(
         params, eager=eager, accumulate_into_residual=eager and accumulate_into_residual,
-        scaling_exact=eager and is_representable(scaling, out.dtype), residual=residual, out=out, load=load,
+        scaling_exact=eager and is_representable(scaling, h.dtype), residual=residual, out=out, load=load,
     )  # fmt: skip
-    return params
+    floats = 0 if load is None else _C.sum_rows_workspace(len(x) * num_groups, len(load))
+    return Plan(params, 4 * floats)

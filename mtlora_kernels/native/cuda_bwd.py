@@ -7,8 +7,9 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.arithmetic import token_chunk
-from .cuda import copyable, packed
+from .cuda import launch
 from .params import new_gradients, set_common, set_fields
+from .plan import Plan
 
 
 def routed_lora_bwd(
@@ -29,22 +30,24 @@ def routed_lora_bwd(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The signature and returns of `reference.routed_lora_bwd.routed_lora_bwd`."""
-    tokens = pi.shape[0]
-    dx, da, db, dr, dpi, ds = new_gradients(needs, x, lora_a, lora_b, router, pi, expert_scale)
-    if tokens == 0:
-        return dx, da, db, dr, dpi, None if ds is None else ds.to(expert_scale.dtype)
+    gradients = new_gradients(needs, x, lora_a, lora_b, router, pi, expert_scale)
+    if len(pi):
+        launch(
+            _C.routed_lora_bwd_cuda, _plan, h.dtype, (dout, x, lora_a, lora_b, router, expert_scale, h, pi),
+            (None if dload is None else dload.to(torch.float32).contiguous(), *gradients), (scaling, activation),
+        )  # fmt: skip
+    *gradients, ds = gradients
+    return *gradients, None if ds is None else ds.to(expert_scale.dtype)
 
-    E = h.dtype
-    dout, x = copyable(dout.to(E)), copyable(x)
-    a, b, r, scale = (packed(w, E) for w in (lora_a, lora_b, router, expert_scale))
-    dload = None if dload is None else dload.to(torch.float32).contiguous()
+
+def _plan(
+    inputs: tuple[Tensor | None, ...], others: tuple[Tensor | None, ...], scaling: float, activation: str | None
+) -> Plan:
+    (dout, x, *weights, h, pi), (dload, dx, da, db, dr, dpi, ds) = inputs, others
     params = _C.RoutedLoraBwd()
-    set_common(params, x, a, b, r, scale, seed, h, pi, scaling, activation, dropout_p)
+    set_common(params, x, *weights, None, h, pi, scaling, activation, 0.0)
     set_fields(
-        params, stream=torch.cuda.current_stream(x.device).cuda_stream, token_chunk=token_chunk(tokens), dout=dout,
-        dload=dload, dx=dx, dlora_a=da, dlora_b=db, drouter=dr, dpi=dpi, dexpert_scale=ds,
+        params, token_chunk=token_chunk(len(x)), dout=dout, dload=dload, dx=dx, dlora_a=da, dlora_b=db, drouter=dr,
+        dpi=dpi, dexpert_scale=ds,
     )  # fmt: skip
-    workspace = torch.empty(_C.routed_lora_bwd_workspace(params), dtype=torch.uint8, device=x.device)
-    set_fields(params, workspace=workspace.data_ptr())
-    _C.routed_lora_bwd_cuda(params)
-    return dx, da, db, dr, dpi, None if ds is None else ds.to(expert_scale.dtype)
+    return Plan(params, _C.routed_lora_bwd_workspace(params))

@@ -44,11 +44,13 @@ def new_gradients(
     expert_scale: Tensor | None,
 ) -> list[Tensor | None]:  # fmt: skip
     """Gradients to be written of those asked for, in their dtypes, d(pi) and d(expert_scale) in fp32, else None."""
-    allocate = torch.empty if len(pi) else torch.zeros  # nothing is launched for no tokens
-    owners = {"x": x, "lora_a": lora_a, "lora_b": lora_b, "router": router, "pi": pi, "expert_scale": expert_scale}
-    return [
-        allocate(owner.shape, dtype=torch.float32 if name in ("pi", "expert_scale") else owner.dtype, device=x.device)
-        if need and owner is not None
-        else None
-        for need, (name, owner) in zip(needs, owners.items(), strict=True)
+    gradients = [
+        None if t is None or not need else t.new_empty(*t.shape)
+        for need, t in zip(needs[:4], (x, lora_a, lora_b, router), strict=True)
+    ] + [
+        None if t is None or not need else t.new_empty(*t.shape, dtype=torch.float32)
+        for need, t in zip(needs[4:], (pi, expert_scale), strict=True)
     ]
+    if len(pi) == 0:  # nothing is launched for no tokens
+        gradients = [g if g is None else g.zero_() for g in gradients]
+    return gradients

@@ -100,6 +100,19 @@ def test_layouts(name, layout):
     check(case | {name: with_layout(case[name], layout)})
 
 
+def test_calls_that_follow_each_other():
+    """What is remembered of a kind of call is not taken for another's, nor for one that starts elsewhere."""
+    case = make_case(SMALL, scale=True)
+    for layout in ("offset", "sliced", "transposed"):
+        for name in ("dout", "x", "lora_b", "h", "pi"):
+            check(case)
+            check(case | {name: with_layout(case[name], layout)})
+    load = torch.ones(SMALL[4], dtype=F32, device="cuda")
+    for change in ({"scaling": 3.0}, {"activation": "relu"}, {"dload": load}, {"lora_a": case["lora_a"].float()}):
+        check(case | change)
+        check(case | change, [False, True, True, True, False, True])
+
+
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), 3e38, 1e-40], ids=str)
 @pytest.mark.parametrize("name", ["dout", "x", "lora_b", "h"])
 def test_special_values(name, special):

@@ -83,6 +83,15 @@ def test_spectral_penalty(case, kind):
     check_penalty((randn(*shape) * scale).to(dtype), kind)
 
 
+def test_calls_that_follow_each_other():
+    """What is remembered of a kind of call is not taken for another's."""
+    lora_b = randn(2, 3, 40, 8)
+    for changed in (lora_b, lora_b.bfloat16(), lora_b.half(), lora_b[:1], lora_b[:, :2], lora_b[..., 1:7].bfloat16()):
+        for kind in KINDS:
+            check_penalty(changed, kind)
+            check_penalty(lora_b, kind)
+
+
 def test_pieces_and_batch_change_nothing(monkeypatch):
     a = randn(9, 70, 20)
     whole = cuda_spectral.batched_rsvd(a, 4, 9, 1, 0)

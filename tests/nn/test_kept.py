@@ -103,6 +103,18 @@ def test_backward_frees_what_is_held_and_does_not_run_twice(through_the_input):
         torch.autograd.grad(loss, wanted)
 
 
+def test_an_input_that_another_backward_freed_raises():
+    """As compiled autograd is after an eager forward, which takes saved tensors away before any backward runs."""
+    block, _ = adapted()
+    inside = []
+    block.up.register_forward_hook(lambda _module, _args, out: inside.append(out))
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    loss = block(x).sum()
+    torch.autograd.grad(inside[0].sum(), x)
+    with pytest.raises(RuntimeError, match="cannot read the input that keep_input saved, as compiled"):
+        loss.backward()
+
+
 def test_an_input_without_gradient_and_a_call_by_keyword():
     block, adapter = adapted()
     x = torch.randn(5, WIDTH)
