@@ -29,9 +29,8 @@ struct Multiply {
 
     const ContractArgs& p;
     const Shared<P>& s;
-    const int lane, warpgroup, valid, row;  // valid: experts
-    const int64_t token;
-    uint64_t a, b;  // the operands of stage 0
+    const int lane, warpgroup, valid;  // valid: experts
+    uint64_t a, b;                     // the operands of stage 0
     uint32_t pi_at;
     int dw_at;
     Ring ring;
@@ -40,19 +39,13 @@ struct Multiply {
     float dh[2][R / 8][2] = {};
 
     __device__ Multiply(const ContractArgs& p, const Shared<P>& s, int warpgroup, int valid)
-        : p(p),
-          s(s),
-          lane(threadIdx.x % 32),
-          warpgroup(warpgroup),
-          valid(valid),
-          row(threadIdx.x / 32 % 4 * 16 + lane / 4),
-          token(int64_t(blockIdx.x) * kTokens + row) {
+        : p(p), s(s), lane(threadIdx.x % 32), warpgroup(warpgroup), valid(valid) {
         constexpr Swizzle swizzle = swizzle_of(P::kDepth * 2);
         const int first = warpgroup * P::kBlockExperts;
         a = smem_descriptor(s.tiles(), 16, P::kDepth * 16, swizzle);
         b = smem_descriptor(s.tiles() + P::kDoutBytes + warpgroup * 2 * P::kHalfBytes, P::kHalfBytes, 1024,
                             Swizzle::b128);
-        dw_at = (row + (lane & 2 ? 8 : 0)) * P::kDwPitch + first + (lane & 1 ? kExperts / 2 : 0);
+        dw_at = (row() + (lane & 2 ? 8 : 0)) * P::kDwPitch + first + (lane & 1 ? kExperts / 2 : 0);
         // Matrix i of eight tokens: a pair of experts for each of the four threads that share a token.
         const int matrix = lane / 8 % kExperts, pair = matrix % (kExperts / 2), second = matrix / (kExperts / 2);
         const int expert = first + 2 * pair + lane % 2, unit = threadIdx.x / 32 % 4 * 2 + second;
@@ -60,12 +53,15 @@ struct Multiply {
         pi_at = uint32_t(expert * kPiRow + (unit ^ number % 8) * 16);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int64_t t = token + 8 * i;
+            const int64_t t = token() + 8 * i;
             const Pair<E>* at = reinterpret_cast<const Pair<E>*>(static_cast<const E*>(p.h) + t * R) + lane % 4;
 #pragma unroll
             for (int j = 0; j < R / 8; ++j) h[i][j] = t < p.tokens ? at[4 * j] : Pair<E>();
         }
     }
+
+    __device__ int row() const { return threadIdx.x / 32 % 4 * 16 + lane / 4; }
+    __device__ int64_t token() const { return int64_t(blockIdx.x) * kTokens + row(); }
 
     __device__ void multiply(Accumulators& c) {
         for (int step = 0; step < p.steps; ++step) {
@@ -145,38 +141,36 @@ struct Multiply {
         for (int i = 0; i < kLoads; ++i) {
             const int second = 4 * i / (kExperts / 2), pair = 4 * i % (kExperts / 2);
             uint32_t m[4];
-            load_matrices<true>(
-                m, smem_address(s.pi(group)) + (kExperts > 4 ? (pi_at ^ second * 16) + pair * 2 * kPiRow : pi_at));
+            const uint32_t at = (smem_address(s.pi(group)) + pi_at) ^ (kExperts > 4 ? second * 16 : 0);
+            load_matrices<true>(m, at + (kExperts > 4 ? pair * 2 * kPiRow : 0));
 #pragma unroll
             for (int n = 0; n < 4; ++n) pairs[4 * i + n] = m[n];
         }
         warp_arrive(s.pi_empty(group));
-        float weight[2][kExperts];
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
+            float weight[kExperts];
 #pragma unroll
             for (int e = 0; e < kExperts; ++e) {
                 const float2 pair = unpacked<E>(pairs[row * (kExperts / 2) + e / 2]);
-                weight[row][e] = e % 2 ? pair.y : pair.x;
+                weight[e] = e % 2 ? pair.y : pair.x;
             }
-        }
-        if (p.scale) {
+            if (p.scale) {
 #pragma unroll
-            for (int e = 0; e < kExperts; ++e) {
-                const float scale = s.scale()[warpgroup * P::kBlockExperts + e];
-#pragma unroll
-                for (int row = 0; row < 2; ++row) weight[row][e] = weight[row][e] * scale;
+                for (int e = 0; e < kExperts; ++e) {
+                    weight[e] = weight[e] * s.scale()[warpgroup * P::kBlockExperts + e];
+                }
             }
-        }
 #pragma unroll
-        for (int i = 0; i < R / 2; ++i) {
-            const int row = i / 2 % 2, b = i % 2, j = i / 4;
-            float sum[kExperts];
+            for (int i = 0; i < R / 4; ++i) {
+                const int b = i % 2, j = i / 2;
+                float sum[kExperts];
 #pragma unroll
-            for (int e = 0; e < kExperts; ++e) {
-                sum[e] = weight[row][e] * c[4 * (e * (R / 8) + j) + 2 * row + b];
+                for (int e = 0; e < kExperts; ++e) {
+                    sum[e] = weight[e] * c[4 * (e * (R / 8) + j) + 2 * row + b];
+                }
+                dh[row][j][b] = dh[row][j][b] + tree_sum(sum);
             }
-            dh[row][j][b] = dh[row][j][b] + tree_sum(sum);
         }
     }
 
@@ -191,7 +185,7 @@ struct Multiply {
             const int64_t block = int64_t(blockIdx.y) * p.per_block + warpgroup;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int64_t t = token + 8 * i;
+                const int64_t t = token() + 8 * i;
                 float2* at = reinterpret_cast<float2*>(p.dh + (block * p.tokens + t) * R) + lane % 4;
 #pragma unroll
                 for (int j = 0; j < R / 8; ++j) {
@@ -209,7 +203,7 @@ struct Multiply {
         named_barrier(1, 128 * live);  // no products read the tiles any more
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float2* at = reinterpret_cast<float2*>(parts + (warpgroup * kTokens + row + 8 * i) * R) + lane % 4;
+            float2* at = reinterpret_cast<float2*>(parts + (warpgroup * kTokens + row() + 8 * i) * R) + lane % 4;
 #pragma unroll
             for (int j = 0; j < R / 8; ++j) at[4 * j] = {dh[i][j][0], dh[i][j][1]};
         }
@@ -327,7 +321,7 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
 
 template <class E, int R>
 void choose_plan(const RoutedLoraBwd& f, const Buffers& w) {
-    if constexpr (R == 16 || R == 32) {  // 32 experts of rank 8 are two blocks of columns; rank 64 takes more registers
+    if constexpr (R == 16) {
         if (contract_blocks(f) > 2) return launch_contract<E, Plan<R, 4, 32>>(f, w);
     }
     if (contract_depth(f) == 32)
@@ -354,11 +348,12 @@ void choose_rank(const RoutedLoraBwd& f, const Buffers& w) {
 
 }  // namespace
 
-// Blocks of 128 columns a block multiplies: one where that fills the GPU, all up to four, or two.
+// Blocks of 128 columns a block multiplies: one where that fills the GPU, else two, or up to four at rank 16: higher
+// ranks would need more registers, and 32 experts of rank 8 are two blocks.
 int contract_blocks(const RoutedLoraBwd& f) {
     const int blocks = column_blocks(f);
     if (blocks == 1 || ceil_div(f.tokens, kTokens) * blocks <= multiprocessors()) return 1;
-    return blocks <= (f.rank < 64 ? 4 : 2) ? blocks : 2;
+    return f.rank == 16 && blocks <= 4 ? blocks : 2;
 }
 
 int contract_depth(const RoutedLoraBwd& f) {

@@ -170,7 +170,7 @@ struct MixedH {
     __device__ void load_weights(Weights& w, uint32_t at) const {
 #pragma unroll
         for (int i = 0; i < kWeightLoads; ++i) {
-            load_matrices<false>(w[i], at + (weight ^ i * (two_experts ? 32 : 64)));
+            load_matrices<false>(w[i], (at + weight) ^ (i * (two_experts ? 32 : 64)));
         }
     }
 
