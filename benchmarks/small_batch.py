@@ -49,4 +49,4 @@ def captured(call: Callable[[], object]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+    return lambda keep=call: graph.replay()  # what the graph reads lives as long as it

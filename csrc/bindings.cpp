@@ -94,6 +94,12 @@ constexpr auto spectral_penalty_fwd = &call<run, P, &P::lora_b, &P::weights, &P:
 template <auto run, class P = SpectralPenaltyBwd>
 constexpr auto spectral_penalty_bwd = &call<run, P, &P::lora_b, &P::weights, &P::x, &P::c, &P::dloss, &P::dlora_b,
                                             &P::scaled_k, &P::product, &P::workspace>;
+
+void routed_lora_add_cuda(const View& residual, const View& mixture, const View& out, const py::tuple& shape,
+                          uintptr_t stream) {
+    cuda::routed_lora_add(residual, mixture, out, shape[0].cast<int64_t>(), shape[1].cast<int64_t>(),
+                          pointer<void>(stream));
+}
 #endif
 
 }  // namespace
@@ -193,6 +199,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("spectral_penalty_bwd_cpu", &cpu::spectral_penalty_bwd, py::call_guard<py::gil_scoped_release>());
 #ifdef MTLORA_CUDA
     m.def("routed_lora_fwd_cuda", routed_lora_fwd<&cuda::routed_lora_fwd>);
+    m.def("routed_lora_add_cuda", &routed_lora_add_cuda);
     m.def("routed_lora_bwd_cuda", routed_lora_bwd<&cuda::routed_lora_bwd>);
     m.def("routed_lora_bwd_workspace", &cuda::routed_lora_bwd_workspace);
     m.def("sum_rows_workspace", &cuda::sum_rows_workspace);

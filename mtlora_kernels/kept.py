@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .beside import mark_input
+
 PLAIN = (Tensor, nn.Parameter)
 SMALLER = 8  # than x: h and pi are held past the checkpoint, which is there to save memory, only where they are small
 
@@ -38,7 +40,8 @@ def keep(x: object) -> object:
 
 def keep_input(block: nn.Module) -> RemovableHandle:
     """Let block save its input for an adapter on it, which then saves nothing after it: a checkpoint that is not
-    reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it.
+    reentrant reruns neither it nor the block's last layer. `add_block_adapter` does it. In a CUDA graph without
+    gradients, an adapter that is a child of block then runs beside it (`mark_input`).
 
     The input comes first or as hidden_states=. The first `routed_lora` on it that holds little makes use of this, any
     other saves as usual. Compiled autograd after an eager forward does not know of it: backward raises and says so.
@@ -49,8 +52,10 @@ def keep_input(block: nn.Module) -> RemovableHandle:
 
 def _keep_input(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
     if args:
-        return (keep(args[0]), *args[1:]), kwargs
-    return (args, kwargs | {"hidden_states": keep(kwargs["hidden_states"])}) if "hidden_states" in kwargs else None
+        return (mark_input(keep(args[0]), block), *args[1:]), kwargs
+    if "hidden_states" in kwargs:
+        return args, kwargs | {"hidden_states": mark_input(keep(kwargs["hidden_states"]), block)}
+    return None
 
 
 def keeper_of(x: Tensor) -> object | None:

@@ -31,15 +31,16 @@ _lib.define(
 
 def run_forward(
     x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling, num_groups, numerics,
-    activation, dropout_p, compute_dtype, accumulate_into_residual, return_load, impl,
+    activation, dropout_p, compute_dtype, accumulate_into_residual, return_load, impl, **own,
 ):  # fmt: skip
-    """out, load, h and pi of an implementation, load None if it was not asked for."""
+    """out, load, h and pi of an implementation, load None if it was not asked for. own: options of that one alone."""
     forward, _ = routed_lora_kernels(impl)
     with on_device(x):
         return forward(
             x, lora_a, lora_b, router, route_weights, residual, expert_scale, seed, scaling=scaling,
             num_groups=num_groups, numerics=numerics, activation=activation, dropout_p=dropout_p,
             compute_dtype=compute_dtype, accumulate_into_residual=accumulate_into_residual, return_load=return_load,
+            **own,
         )  # fmt: skip
 
 

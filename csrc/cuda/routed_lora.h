@@ -11,7 +11,11 @@ namespace mtlora::cuda {
 void routed_lora_fwd(const RoutedLoraFwd& f);
 
 void project(const RoutedLoraFwd& f);  // h and pi
-void expand(const RoutedLoraFwd& f);   // out, from h and pi
+void expand(const RoutedLoraFwd& f);   // out, from h and pi; in fp32 where its dtype says so, for few tokens
+
+// out = residual + mixture, rounded once: contiguous [tokens, outputs], mixture in fp32; 16-byte rows of the residual.
+void routed_lora_add(const View& residual, const View& mixture, const View& out, int64_t tokens, int64_t outputs,
+                     void* stream);
 
 int64_t routed_lora_bwd_workspace(const RoutedLoraBwd& f);  // bytes
 void routed_lora_bwd(const RoutedLoraBwd& f);

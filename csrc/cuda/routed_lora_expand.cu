@@ -143,13 +143,13 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
     }
     if (warp == 9) {
         if (lane == 0) {
-            prefetch(&p.out);
+            if (BO > 32 || !p.wide) prefetch(&p.out);
             grid_dependency_wait();
             for (int n = 0; n < count; ++n) {
                 const int s = n % kSlots;
                 barrier_wait(ready + s, (n / kSlots) & 1);
                 for (int box = 0; box < BO / Tile::kBoxColumns; ++box) {
-                    if (column + box * Tile::kBoxColumns >= p.outputs) break;
+                    if ((BO == 32 && p.wide) || column + box * Tile::kBoxColumns >= p.outputs) break;
                     tma_store(&p.out, slots + s * Tile::kSlotBytes + box * Tile::kBoxBytes,
                               column + box * Tile::kBoxColumns, group, (begin + n) * kRows);
                 }
@@ -225,7 +225,10 @@ __global__ void __launch_bounds__(ExpandTile<R, BO>::kMaxThreads, ExpandTile<R, 
                     acc[2 * i + 1] = v.y + acc[2 * i + 1];
                 });
             }
-            write_tile<BO>(slot, [&](int i) { return rounded2<E>(acc[2 * i], acc[2 * i + 1]); });
+            if (BO == 32 && p.wide && !rehearsal)
+                write_wide<BO>(p, first_token(n), group, column, acc);
+            else
+                write_tile<BO>(slot, [&](int i) { return rounded2<E>(acc[2 * i], acc[2 * i + 1]); });
         }
         fence_async_proxy();
         if (!rehearsal) barrier_arrive(ready + s);
@@ -260,8 +263,12 @@ void launch_expand(const RoutedLoraFwd& f, int chunks) {
             tensor_map(f.residual.data, f.compute_dtype,
                        {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.residual.stride[0], kRows}});
     }
-    p.out = tensor_map(f.out.data, f.compute_dtype,
-                       {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.d_out, kRows}});
+    if (f.out.dtype == DType::f32) {
+        p.wide = static_cast<float*>(f.out.data);
+    } else {
+        p.out = tensor_map(f.out.data, f.compute_dtype,
+                           {{size, 1, Tile::kBoxColumns}, {f.groups, size, 1}, {f.tokens, f.d_out, kRows}});
+    }
     p.h = f.h.data;
     p.pi = f.pi.data;
     p.scale = f.expert_scale.data;
@@ -294,7 +301,7 @@ void choose_outputs(const RoutedLoraFwd& f) {
     auto padded = [&](int outputs) { return ceil_div(size, outputs) * outputs; };
     // Narrower tiles where the group's tail would waste a quarter of the products, where B does not fit, and where
     // there are too few blocks for the multiprocessors. The sum over experts is bound by latency: 64, two blocks.
-    int outputs = eager ? 64 : 128;
+    int outputs = f.out.dtype == DType::f32 ? 32 : eager ? 64 : 128;
     auto too_wide = [&] {
         const int bytes =
             outputs == 128 ? ExpandTile<R, 128>::shared_bytes(chunks) : ExpandTile<R, 64>::shared_bytes(chunks);

@@ -20,6 +20,7 @@ constexpr int kThreads = 320;     // two multiplying warpgroups, a loading and a
 struct ExpandArgs {
     CUtensorMap b, residual, out;
     const void *h, *pi, *scale;
+    float* wide;  // fp32 in place of `out`, or null
     float scaling;
     int tokens, groups, outputs, experts;  // outputs of one group
     int chunks;                            // of 64 k, from experts and rank
@@ -78,6 +79,20 @@ __device__ void write_tile(const char* tile, Make make) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) pairs[i] = bits_as<uint32_t>(make(4 * j + i));
         store_matrices(tile_row<BO>(tile, j), pairs);
+    }
+}
+
+// The sums as they are, from registers: rows of few tokens.
+template <int BO>
+__device__ void write_wide(const ExpandArgs& p, int first_token, int group, int column, const float (&acc)[BO / 2]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < BO / 4; ++i) {
+        const int token = first_token + lane / 4 + i % 2 * 8, output = column + i / 2 * 8 + 2 * (lane % 4);
+        if (token < p.tokens && output < p.outputs) {
+            float* const to = p.wide + (int64_t(token) * p.groups + group) * p.outputs + output;
+            *reinterpret_cast<float2*>(to) = make_float2(acc[2 * i], acc[2 * i + 1]);
+        }
     }
 }
 

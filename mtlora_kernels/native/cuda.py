@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _C
 from ..reference.routed_lora import is_representable
-from .params import set_common, set_fields
+from .params import set_common, set_fields, view
 from .plan import Plan, addresses, plans, raw_stream
 
 
@@ -81,10 +81,13 @@ def routed_lora_fwd(
     compute_dtype: torch.dtype,
     accumulate_into_residual: bool,
     return_load: bool,
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """The signature and returns of `reference.routed_lora.routed_lora_fwd`."""
+    """The signature and returns of `reference.routed_lora.routed_lora_fwd`. wide: out in fp32, not rounded, of numerics
+    "fp32" without a residual; for few tokens."""
     tokens, (experts, d_out, rank) = x.shape[0], lora_b.shape
-    out, h = x.new_empty(tokens, d_out), x.new_empty(tokens, rank)  # every dtype is x's, see limits.py
+    # Every other dtype is x's, see limits.py.
+    out, h = x.new_empty(tokens, d_out, dtype=torch.float32 if wide else x.dtype), x.new_empty(tokens, rank)
     if route_weights is not None:
         pi = route_weights.to(x.dtype, copy=True, memory_format=torch.contiguous_format)
     else:
@@ -97,6 +100,13 @@ def routed_lora_fwd(
         (out, h, pi, load), (num_groups, scaling, activation, numerics == "eager", accumulate_into_residual),
     )  # fmt: skip
     return out, load, h, pi
+
+
+def add(residual: Tensor, mixture: Tensor) -> Tensor:
+    """residual [T, d_out] plus a `wide` mixture, rounded once. For one token torch.add takes 3.7 us, this 1.1."""
+    residual, out = _copyable(residual, residual.dtype), residual.new_empty(residual.shape)
+    _C.routed_lora_add_cuda(view(residual), view(mixture), view(out), out.shape, raw_stream(out))
+    return out
 
 
 def _plan(

@@ -12,7 +12,7 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType i
 _ABSENT = _C.View(0, 0, ())
 
 
-def _view(tensor: Tensor | None) -> _C.View:
+def view(tensor: Tensor | None) -> _C.View:
     if tensor is None:
         return _ABSENT
     return _C.View(tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.stride())
@@ -20,7 +20,7 @@ def _view(tensor: Tensor | None) -> _C.View:
 
 def set_fields(params: _C.RoutedLora, **fields) -> None:
     for name, value in fields.items():
-        setattr(params, name, _view(value) if value is None or isinstance(value, Tensor) else value)
+        setattr(params, name, view(value) if value is None or isinstance(value, Tensor) else value)
 
 
 def set_common(params, x, lora_a, lora_b, router, expert_scale, seed, h, pi, scaling, activation, dropout_p) -> None:

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..beside import mark_input
 from .parameters import RoutedParameters
 
 
@@ -79,6 +80,7 @@ class RoutedLoRALinear(RoutedLoRA):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
+        x = mark_input(x, self)
         base = F.linear(x, self.weight, self.bias)
         return self._mix(x, base, accumulate=True)
 

@@ -4,6 +4,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+import mtlora_kernels as mk
+
 from .experts import stacked, weight_of
 from .layer import SwappedLayer, active_dropout, compute_dtype, mixed_dtypes
 
@@ -37,6 +39,7 @@ class SwappedLinear(SwappedLayer):
 
     def adapted(self, x: Tensor, balance: bool = False) -> Tensor | None:
         """Base and mixture; None where the host must do it."""
+        x = mk.nn.mark_input(x, self)
         operands = self.operands(self)
         dtype = compute_dtype(x, operands["lora_a"])
         weight = self.weight.T if self.fan_in_fan_out else self.weight

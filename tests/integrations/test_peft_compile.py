@@ -85,8 +85,9 @@ def test_a_step_of_decoding_is_one_graph():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @static_cache
 @torch.no_grad()
-def test_decoding_in_a_cuda_graph_has_the_bits_of_eager_steps():
-    model = get_peft_model(tiny_llama(), MtLoraConfig(target_modules=["mlp", "q_proj"], r=4, num_experts=3))
+@pytest.mark.parametrize("rank", [4, 16])  # of 4 with Triton, after the block; of 16 with CUDA, beside it
+def test_decoding_in_a_cuda_graph_has_the_bits_of_eager_steps(rank):
+    model = get_peft_model(tiny_llama(), MtLoraConfig(target_modules=["mlp", "q_proj"], r=rank, num_experts=3))
     base = train_experts(model).eval().base_model.model.to("cuda", torch.bfloat16)
     plain, fast = (Decoder(base, tokens(1, 5).cuda()) for _ in range(2))
     token = torch.zeros(1, 1, dtype=torch.long, device="cuda")

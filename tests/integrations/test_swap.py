@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mtlora_kernels as mk
 from mtlora_integrations import swap_in, swap_out
+from mtlora_kernels import beside
 from mtlora_kernels.testing import assert_bitwise_equal, differences, rounding_inputs
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -150,6 +151,23 @@ def test_a_checkpointed_block_runs_its_adapter_once(kind):
     assert len(runs) == 1 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     swap_out(block)
     assert set(vars(block)) == attributes and len(block._forward_pre_hooks) == hooks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("cuda" not in mk.available_impls("cuda"), reason="no Hopper GPU, or not built for it")
+@pytest.mark.parametrize("kind", ["lowrank grouped", "bottleneck", "component grouped", "hydralora"])
+@torch.no_grad()
+def test_in_a_cuda_graph_the_adapter_runs_beside_its_block(kind, monkeypatch):
+    layer, x = at_random(kind, torch.bfloat16, "cuda", (4,), (256, 256, 16, 8))
+    model = nn.Sequential(layer if isinstance(layer, nn.Linear) else Block(layer)).to("cuda", torch.bfloat16).eval()
+    swap_in(model, impl="cuda", strict=True)
+    expected, calls, run = output(model, x), [], beside.routed_lora
+    monkeypatch.setattr(beside, "routed_lora", lambda *call: calls.append(1) or run(*call))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = output(model, x)
+    graph.replay()
+    assert len(calls) == 1 and torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("kind", SEPARATE)
