@@ -24,7 +24,7 @@ constexpr int kBoxBytes = kTokens * 128;
 constexpr int kMaxStages = 12;
 constexpr int kWeightRow = kTokens * 2;  // bytes of an expert in a tile of pi
 constexpr int kAddThreads = 128;
-constexpr int kSmallGroups = 4;  // of up to 32 outputs that a block of grad_b takes at once
+constexpr int kSmallGroups = 4;  // of up to 24 outputs, that a block of grad_b takes at once
 
 // Row tiles of the transposed product, 64 columns each. grad_b (`mixed`): one a warpgroup, which builds its next piece
 // of z while the others multiply. grad_rows: up to two a warpgroup, both operands from shared memory.
@@ -43,8 +43,7 @@ struct TokenArgs {
     const char* pi_tiles;
     const void* scale;
     float* sums;  // [chunks, width, groups * group_size]
-    int tokens, chunk, chunks, stages, stage_bytes;
-    bool shares;  // see each_tile
+    int tokens, chunk, stages, stage_bytes;
     int feature_tiles, group_size, groups, experts, tile_experts, rank;
     int width;          // columns of the product
     int block_columns;  // of a block
@@ -66,39 +65,17 @@ struct TokenTile {
     int columns;  // live ones
 };
 
-__device__ inline TokenTile token_tile(const TokenArgs& p, int group, int feature, int column, int columns, int chunk) {
-    TokenTile t = {group, feature, column, chunk, chunk * p.chunk};
-    t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
-    t.columns = min(columns, p.width - t.column);
-    return t;
-}
-
-// grad_b: the block's own.
 template <int BF, int kGroups>
-__device__ TokenTile block_tile(const TokenArgs& p) {
-    const int group = int(blockIdx.x) / p.feature_tiles * kGroups, feature = int(blockIdx.x) % p.feature_tiles * BF;
-    return token_tile(p, group, feature, int(blockIdx.y) * p.block_columns, p.block_columns, int(blockIdx.z));
-}
-
-// grad_rows: row tiles of 64 columns. A block has those of its features, or an equal share of all, which lie side by
-// side for the same chunk and features; of these up to block_columns at a time.
-template <int BF, class Work>
-__device__ void each_tile(const TokenArgs& p, Work work) {
-    const int tiles = (p.width + 63) / 64, most = p.block_columns / 64, block = int(blockIdx.x);
-    int first, last;
-    if (p.shares) {
-        const int64_t all = int64_t(p.feature_tiles) * p.chunks * tiles;
-        first = int(all * block / gridDim.x), last = int(all * (block + 1) / gridDim.x);
-    } else {
-        const int parts = (tiles + most - 1) / most, part = block / p.feature_tiles % parts;
-        const int pair = block / p.feature_tiles / parts * p.feature_tiles + block % p.feature_tiles;
-        first = pair * tiles + part * most, last = min(first + most, (pair + 1) * tiles);
-    }
-    while (first < last) {
-        const int tile = first % tiles, pair = first / tiles, count = min(min(last - first, tiles - tile), most);
-        work(token_tile(p, 0, pair % p.feature_tiles * BF, 64 * tile, 64 * count, pair / p.feature_tiles));
-        first += count;
-    }
+__device__ TokenTile token_tile(const TokenArgs& p) {
+    TokenTile t;
+    t.group = int(blockIdx.x) / p.feature_tiles * kGroups;
+    t.feature = int(blockIdx.x) % p.feature_tiles * BF;
+    t.column = int(blockIdx.y) * p.block_columns;
+    t.chunk = int(blockIdx.z);
+    t.token = t.chunk * p.chunk;
+    t.steps = (min(p.chunk, p.tokens - t.token) + kTokens - 1) / kTokens;
+    t.columns = min(p.block_columns, p.width - t.column);
+    return t;
 }
 
 // BF = features of a block; bytes of a token in a box of them, of a box, of their tile.
@@ -111,13 +88,13 @@ constexpr int kFeatureBytes = (BF + 63) / 64 * kFeatureBox<BF>;
 
 // Tiles by TMA, one thread.
 template <bool mixed, int BF, int kGroups>
-__device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
-                           Ring& ring) {
+__device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     const int boxes = mixed ? 1 : (t.columns + 63) / 64;
     const int h_bytes = kTokens * p.rank * 2, weight_bytes = Plan<mixed>::kColumns / p.rank * kWeightRow;
     const int bytes = kGroups * kFeatureBytes<BF> + (mixed ? h_bytes + kGroups * weight_bytes : boxes * kBoxBytes);
     const int64_t group_tiles = (p.tokens + kTokens - 1) / kTokens, pitch = int64_t(p.tile_experts) * kWeightRow;
     const char* weights = p.pi_tiles + t.token / kTokens * pitch + t.column / p.rank * kWeightRow;
+    Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         char* const stage = shared + ring.stage * p.stage_bytes;
         uint64_t* const barrier = full + ring.stage;
@@ -275,12 +252,13 @@ __device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* sha
 // d(A) and d(R) of `tiles` times 64 columns.
 template <class E, int BF, int tiles>
 __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
-                              int warpgroup, Ring& ring) {
+                              int warpgroup) {
     constexpr int kWarpgroups = Plan<false>::kWarpgroups;
     const uint64_t features = smem_descriptor(shared, kFeatureBox<BF>, 8 * kRowBytes<BF>, swizzle_of(kRowBytes<BF>));
     const uint64_t rows =
         smem_descriptor(shared + kFeatureBytes<BF> + warpgroup * kBoxBytes, kBoxBytes, 1024, Swizzle::b128);
-    float c[tiles][BF / 2] = {};  // left undefined, in a loop, they cost the registers of both numbers of tiles
+    float c[tiles][BF / 2];
+    Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         barrier_wait(full + ring.stage, ring.parity);
         const uint32_t stage = ring.stage * p.stage_bytes;
@@ -290,7 +268,7 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
 #pragma unroll
             for (int m = 0; m < tiles; ++m) {
                 wgmma<E, 1, 1>(c[m], advanced(rows, stage + m * kWarpgroups * kBoxBytes + k * 2048),
-                               advanced(features, stage + k * 16 * kRowBytes<BF>), true);
+                               advanced(features, stage + k * 16 * kRowBytes<BF>), step > 0 || k > 0);
             }
         }
         wgmma_commit();
@@ -304,15 +282,6 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
     for (int m = 0; m < tiles; ++m) store_sums<BF>(p, t, 0, warpgroup + m * kWarpgroups, c[m]);
 }
 
-// Warpgroups beyond the columns of a tile let its stages pass.
-__device__ inline void skip(const TokenArgs& p, const TokenTile& t, uint64_t* full, uint64_t* empty, Ring& ring) {
-    for (int step = 0; step < t.steps; ++step) {
-        barrier_wait(full + ring.stage, ring.parity);
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
-        ring.advance(p.stages);
-    }
-}
-
 template <class E, bool mixed, int BF, int kGroups>
 __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const __grid_constant__ TokenArgs p) {
     constexpr int kWarpgroups = Plan<mixed>::kWarpgroups;
@@ -320,10 +289,10 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
     char* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + p.stages * p.stage_bytes);
     uint64_t* const empty = full + kMaxStages;
-    int warpgroups = kWarpgroups;  // those that multiply
-    if constexpr (mixed) warpgroups = (block_tile<BF, kGroups>(p).columns + 63) / 64;
+    const TokenTile t = token_tile<BF, kGroups>(p);
+    const int tiles = (t.columns + 63) / 64;
     if (threadIdx.x == 0) {
-        init_stages(full, empty, p.stages, 4 * uint32_t(warpgroups));
+        init_stages(full, empty, p.stages, 4 * uint32_t(min(tiles, kWarpgroups)));
         barrier_init_fence();
     }
     __syncthreads();
@@ -331,42 +300,31 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
     launch_dependents();
 
     const int warpgroup = uniform(threadIdx.x / 128);
-    Ring ring;
     if (warpgroup == kWarpgroups) {
         shrink_registers<Plan<mixed>::kProducerRegisters>();
-        if (threadIdx.x % 128 != 0) return;
-        const auto load = [&](const TokenTile& t) { load_tiles<mixed, BF, kGroups>(p, t, shared, full, empty, ring); };
-        if constexpr (mixed)
-            load(block_tile<BF, kGroups>(p));
-        else
-            each_tile<BF>(p, load);
+        if (threadIdx.x % 128 == 0) load_tiles<mixed, BF, kGroups>(p, t, shared, full, empty);
     } else {
         grow_registers<Plan<mixed>::kConsumerRegisters>();
-        if (warpgroup >= warpgroups) return;
         if constexpr (mixed) {
-            const TokenTile t = block_tile<BF, kGroups>(p);
-            if constexpr (kGroups > 1) {  // registers for one expert a warp and no scale
-                multiply_mixed<E, BF, kGroups, false, false>(p, t, shared, full, empty, warpgroup);
-            } else {
-                if (p.rank > 8 && !p.scale)
-                    multiply_mixed<E, BF, 1, false, false>(p, t, shared, full, empty, warpgroup);
-                else if (p.rank > 8)
-                    multiply_mixed<E, BF, 1, false, true>(p, t, shared, full, empty, warpgroup);
-                else if (!p.scale)
-                    multiply_mixed<E, BF, 1, true, false>(p, t, shared, full, empty, warpgroup);
-                else
-                    multiply_mixed<E, BF, 1, true, true>(p, t, shared, full, empty, warpgroup);
+            if (warpgroup < tiles) {
+                if constexpr (kGroups > 1) {  // registers for one expert a warp and no scale
+                    multiply_mixed<E, BF, kGroups, false, false>(p, t, shared, full, empty, warpgroup);
+                } else {
+                    if (p.rank > 8 && !p.scale)
+                        multiply_mixed<E, BF, 1, false, false>(p, t, shared, full, empty, warpgroup);
+                    else if (p.rank > 8)
+                        multiply_mixed<E, BF, 1, false, true>(p, t, shared, full, empty, warpgroup);
+                    else if (!p.scale)
+                        multiply_mixed<E, BF, 1, true, false>(p, t, shared, full, empty, warpgroup);
+                    else
+                        multiply_mixed<E, BF, 1, true, true>(p, t, shared, full, empty, warpgroup);
+                }
             }
         } else {
-            each_tile<BF>(p, [&](const TokenTile& t) {
-                const int tiles = (t.columns + 63) / 64;
-                if (warpgroup + kWarpgroups < tiles)
-                    multiply_rows<E, BF, 2>(p, t, shared, full, empty, warpgroup, ring);
-                else if (warpgroup < tiles)
-                    multiply_rows<E, BF, 1>(p, t, shared, full, empty, warpgroup, ring);
-                else
-                    skip(p, t, full, empty, ring);
-            });
+            if (warpgroup + kWarpgroups < tiles)
+                multiply_rows<E, BF, 2>(p, t, shared, full, empty, warpgroup);
+            else if (warpgroup < tiles)
+                multiply_rows<E, BF, 1>(p, t, shared, full, empty, warpgroup);
         }
     }
 }
@@ -442,19 +400,9 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f) {
     p.features = tensor_map(
         features.data, f.compute_dtype,
         {{p.group_size, 1, kRowBytes<BF> / 2}, {p.groups, p.group_size, 1}, {f.tokens, features.stride[0], kTokens}});
-    p.feature_tiles = int(ceil_div(p.group_size, BF));
-    p.chunks = int(ceil_div(f.tokens, f.token_chunk));
-    dim3 grid(unsigned(ceil_div(p.groups, kGroups) * p.feature_tiles), unsigned(ceil_div(p.width, p.block_columns)),
-              unsigned(ceil_div(f.tokens, f.token_chunk)));
-    int narrow_bytes = kTokens * int(f.rank) * 2 + kGroups * (Plan<true>::kColumns / int(f.rank)) * kWeightRow;
-    if constexpr (!mixed) {
-        const int64_t blocks = int64_t(grid.x) * grid.y * grid.z, at_once = multiprocessors();
-        const int64_t share = ceil_div(p.feature_tiles * ceil_div(p.width, 64) * p.chunks, at_once);
-        p.shares = blocks > at_once && share * 64 <= Plan<false>::kColumns;  // one wave: 53 to 44 us at N = 25, G = 32
-        if (p.shares) p.block_columns = int(share) * 64;
-        grid = dim3(unsigned(p.shares ? at_once : blocks));
-        narrow_bytes = p.block_columns / 64 * kBoxBytes;
-    }
+    const int narrow_bytes =
+        mixed ? kTokens * int(f.rank) * 2 + kGroups * (Plan<true>::kColumns / int(f.rank)) * kWeightRow
+              : p.block_columns / 64 * kBoxBytes;
     p.stage_bytes = int(ceil_div(kGroups * kFeatureBytes<BF> + narrow_bytes, 1024) * 1024);
     constexpr int barrier_bytes = 2 * kMaxStages * 8;
     p.stages = std::min(kMaxStages, (kMaxSharedBytes - 1024 - barrier_bytes) / p.stage_bytes);
@@ -462,6 +410,9 @@ void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f) {
     p.chunk = int(f.token_chunk);
     p.experts = int(f.experts);
     p.tile_experts = tile_experts(f);
+    p.feature_tiles = int(ceil_div(p.group_size, BF));
+    const dim3 grid(unsigned(ceil_div(p.groups, kGroups) * p.feature_tiles),
+                    unsigned(ceil_div(p.width, p.block_columns)), unsigned(ceil_div(f.tokens, f.token_chunk)));
     const int shared = 1024 + p.stages * p.stage_bytes + barrier_bytes;
     launch<token_kernel<E, mixed, BF, kGroups>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
 }
