@@ -1,9 +1,9 @@
 // contract: C_g = dout_g B_flat[g]^T, from which d(w) and d(h) follow without C leaving the registers, and from them,
 // where a block sees all experts and nothing else reads d(w), rows = [d(h) | d(logits)].
 //
-// A block owns 64 tokens and two or four blocks of 128 columns (experts x rank), one for each multiplying warpgroup,
-// which fall out of step by themselves: one multiplies while the others sum. A warp copies tiles of outputs and of pi
-// by TMA; a warpgroup turns each group's d(w), which the others leave in shared memory, into d(logits) or stores it.
+// A block owns 64 tokens and up to four blocks of 128 columns (experts x rank), one for each multiplying warpgroup,
+// which fall out of step by themselves: one multiplies while the others sum. Of one more warpgroup, a thread copies
+// tiles by TMA, and three warps turn each group's d(w), which is left in shared memory, into d(logits) or store it.
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -21,6 +21,7 @@ __device__ inline float exchange(const float (&v)[2], int lane, int mask) {
     return (second ? v[1] : v[0]) + sent;
 }
 
+// A warpgroup with kExperts experts, those of its block of columns or, where no more are live, a few of them.
 template <class E, class P, int kExperts>
 struct Multiply {
     static constexpr int R = P::kRank;
