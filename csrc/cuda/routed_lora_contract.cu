@@ -315,7 +315,7 @@ void launch_contract(const RoutedLoraBwd& f, const Buffers& w) {
         p.logits_at = P::kTilesAt + p.stages * p.stage_bytes;
         return 1024 + p.logits_at + logits;
     };
-    for (p.stages = kMaxStages; bytes() > kMaxSharedBytes;) --p.stages;
+    for (p.stages = P::kMaxStages; bytes() > kMaxSharedBytes;) --p.stages;
     const dim3 grid(unsigned(tiles), unsigned(ceil_div(p.blocks, p.per_block)));
     launch<contract_kernel<E, P>>("routed_lora contract", grid, P::kThreads, bytes(), f.stream, true, p);
 }

@@ -13,7 +13,6 @@ namespace mtlora::cuda {
 
 constexpr int kTokens = 64;
 constexpr int kColumns = 128;        // of a warpgroup: one block of the sum over experts in the reference
-constexpr int kMaxStages = 9;        // five for two warpgroups; nine and no clusters: 18 to 14 us at T = 512
 constexpr int kPiStages = 4;         // groups of pi in shared memory
 constexpr int kPiRow = kTokens * 2;  // bytes of an expert in a tile of pi
 constexpr int kFinishing = 3;        // warps, beside the one that loads
@@ -31,6 +30,9 @@ struct Plan {
     static constexpr int kDwPitch = kExperts % 16 ? kExperts : kExperts + 8;  // rows of eight tokens on all banks
     static constexpr int kDwFloats = kTokens * kDwPitch;
     static constexpr int kDwStages = depth == 64 ? 2 : 4;  // groups of d(w)
+    // Of tiles; five for two warpgroups. Nine and no clusters: 18 to 14 us at T = 512. No more than 32 barriers in all:
+    // what compute-sanitizer tracks.
+    static constexpr int kMaxStages = depth == 64 ? 9 : 6;
     static constexpr int kPiAt = 1024, kDwAt = kPiAt + kPiStages * kPiBytes;
     static constexpr int kTilesAt = kDwAt + kDwStages * kDwFloats * 4;
 };
@@ -63,16 +65,16 @@ struct Shared {
 
     __device__ uint64_t* barrier(int i) const { return reinterpret_cast<uint64_t*>(base) + i; }
     __device__ uint64_t* full(int stage) const { return barrier(stage); }
-    __device__ uint64_t* empty(int stage) const { return barrier(kMaxStages + stage); }
-    __device__ uint64_t* pi_full(unsigned group) const { return barrier(2 * kMaxStages + group % kPiStages); }
+    __device__ uint64_t* empty(int stage) const { return barrier(P::kMaxStages + stage); }
+    __device__ uint64_t* pi_full(unsigned group) const { return barrier(2 * P::kMaxStages + group % kPiStages); }
     __device__ uint64_t* pi_empty(unsigned group) const {
-        return barrier(2 * kMaxStages + kPiStages + group % kPiStages);
+        return barrier(2 * P::kMaxStages + kPiStages + group % kPiStages);
     }
     __device__ uint64_t* dw_full(unsigned group) const {
-        return barrier(2 * kMaxStages + 2 * kPiStages + group % P::kDwStages);
+        return barrier(2 * P::kMaxStages + 2 * kPiStages + group % P::kDwStages);
     }
     __device__ uint64_t* dw_empty(unsigned group) const {
-        return barrier(2 * kMaxStages + 2 * kPiStages + P::kDwStages + group % P::kDwStages);
+        return barrier(2 * P::kMaxStages + 2 * kPiStages + P::kDwStages + group % P::kDwStages);
     }
     __device__ float* constants(int which) const { return reinterpret_cast<float*>(base + 512) + which * 32; }
     __device__ float* scale() const { return constants(0); }
