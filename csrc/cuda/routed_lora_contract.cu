@@ -131,7 +131,7 @@ struct Multiply {
             if (valid < kExperts && e >= live) run.v[e % kRunExperts] = 0.0f;
             if (e % kRunExperts == kRunExperts - 1) to[e / kRunExperts] = run;
         }
-        warp_arrive(s.dw_full(group));
+        barrier_arrive(s.dw_full(group));
     }
 
     __device__ void sum_over_experts(const Accumulators& c, int group) {
@@ -147,7 +147,7 @@ struct Multiply {
 #pragma unroll
             for (int n = 0; n < 4; ++n) pairs[4 * i + n] = m[n];
         }
-        warp_arrive(s.pi_empty(group));
+        barrier_arrive(s.pi_empty(group));
 #pragma unroll
         for (int row = 0; row < 2; ++row) {
             float weight[kExperts];
@@ -230,12 +230,13 @@ __global__ void __launch_bounds__(P::kThreads, 1) contract_kernel(const __grid_c
     const Shared<P> s = {raw + (1024 - smem_address(raw) % 1024) % 1024};
     const int live = min(p.per_block, p.blocks - int(blockIdx.y) * p.per_block);
     if (threadIdx.x == 0) {
-        const uint32_t multiplying = 4 * uint32_t(live);
-        init_stages(s.full(0), s.empty(0), p.stages, multiplying);
-        init_stages(s.pi_full(0), s.pi_empty(0), kPiStages, multiplying + (p.rows && p.sums_w ? kFinishing : 0));
+        // A lane arrives for its warp where only products read; every thread where loads and stores meet.
+        const uint32_t multiplying = 128 * uint32_t(live), finishing = 32 * kFinishing;
+        init_stages(s.full(0), s.empty(0), p.stages, multiplying / 32);
+        init_stages(s.pi_full(0), s.pi_empty(0), kPiStages, multiplying + (p.rows && p.sums_w ? finishing : 0));
         for (int i = 0; i < P::kDwStages; ++i) {
             barrier_init(s.dw_full(i), multiplying);
-            barrier_init(s.dw_empty(i), kFinishing);
+            barrier_init(s.dw_empty(i), finishing);
         }
         barrier_init_fence();
     }

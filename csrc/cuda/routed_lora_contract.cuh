@@ -97,11 +97,6 @@ __device__ inline uint32_t parity(unsigned group) {
     return group / stages & 1;
 }
 
-__device__ inline void warp_arrive(uint64_t* barrier) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) barrier_arrive(barrier);
-}
-
 // s[:n/2] + s[n/2:] until one is left.
 template <int n>
 __device__ float tree_sum(const float (&v)[n]) {
@@ -182,8 +177,8 @@ struct Finish {
             } else {
                 route<false>(group);
             }
-            warp_arrive(s.dw_empty(group));
-            if (p.rows && lane == 0) barrier_arrive(s.pi_empty(group));
+            barrier_arrive(s.dw_empty(group));
+            if (p.rows) barrier_arrive(s.pi_empty(group));
         }
     }
 

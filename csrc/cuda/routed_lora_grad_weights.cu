@@ -240,7 +240,7 @@ __device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* sha
             pin(c[g]);
             pin(a);
         }
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
+        barrier_arrive(empty + ring.stage);  // every thread: it has read by itself, not by products alone
         ring.advance(p.stages);
     }
 #pragma unroll
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
     const TokenTile t = token_tile<BF, kGroups>(p);
     const int tiles = (t.columns + 63) / 64;
     if (threadIdx.x == 0) {
-        init_stages(full, empty, p.stages, 4 * uint32_t(min(tiles, kWarpgroups)));
+        init_stages(full, empty, p.stages, (mixed ? 128 : 4) * uint32_t(min(tiles, kWarpgroups)));
         barrier_init_fence();
     }
     __syncthreads();
