@@ -21,6 +21,17 @@ __device__ inline float exchange(const float (&v)[2], int lane, int mask) {
     return (second ? v[1] : v[0]) + sent;
 }
 
+// The row of a tile that a thread of a warpgroup has; the other is eight further on.
+__device__ inline int tile_row() {
+    return threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;
+}
+
+// What a thread has of d(h): of its two rows, columns 8 j + 2 q + b.
+template <class P>
+struct PartOfDh {
+    float v[2][P::kRank / 8][2] = {};
+};
+
 // A warpgroup with kExperts experts, those of its block of columns or, where no more are live, a few of them.
 template <class E, class P, int kExperts>
 struct Multiply {
@@ -37,7 +48,7 @@ struct Multiply {
     Ring ring;
     int last;  // the stage whose products may still run
     Pair<E> h[2][R / 8];
-    float dh[2][R / 8][2] = {};
+    PartOfDh<P> dh;
 
     __device__ Multiply(const ContractArgs& p, const Shared<P>& s, int warpgroup, int valid)
         : p(p), s(s), lane(threadIdx.x % 32), warpgroup(warpgroup), valid(valid) {
@@ -46,7 +57,7 @@ struct Multiply {
         a = smem_descriptor(s.tiles(), 16, P::kDepth * 16, swizzle);
         b = smem_descriptor(s.tiles() + P::kDoutBytes + warpgroup * 2 * P::kHalfBytes, P::kHalfBytes, 1024,
                             Swizzle::b128);
-        dw_at = (row() + (lane & 2 ? 8 : 0)) * P::kDwPitch + first + (lane & 1 ? kExperts / 2 : 0);
+        dw_at = (tile_row() + (lane & 2 ? 8 : 0)) * P::kDwPitch + first + (lane & 1 ? kExperts / 2 : 0);
         // Matrix i of eight tokens: a pair of experts for each of the four threads that share a token.
         const int matrix = lane / 8 % kExperts, pair = matrix % (kExperts / 2), second = matrix / (kExperts / 2);
         const int expert = first + 2 * pair + lane % 2, unit = threadIdx.x / 32 % 4 * 2 + second;
@@ -54,15 +65,12 @@ struct Multiply {
         pi_at = uint32_t(expert * kPiRow + (unit ^ number % 8) * 16);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int64_t t = token() + 8 * i;
+            const int64_t t = int64_t(blockIdx.x) * kTokens + tile_row() + 8 * i;
             const Pair<E>* at = reinterpret_cast<const Pair<E>*>(static_cast<const E*>(p.h) + t * R) + lane % 4;
 #pragma unroll
             for (int j = 0; j < R / 8; ++j) h[i][j] = t < p.tokens ? at[4 * j] : Pair<E>();
         }
     }
-
-    __device__ int row() const { return threadIdx.x / 32 % 4 * 16 + lane / 4; }
-    __device__ int64_t token() const { return int64_t(blockIdx.x) * kTokens + row(); }
 
     __device__ void multiply(Accumulators& c) {
         for (int step = 0; step < p.steps; ++step) {
@@ -170,58 +178,55 @@ struct Multiply {
                 for (int e = 0; e < kExperts; ++e) {
                     sum[e] = weight[e] * c[4 * (e * (R / 8) + j) + 2 * row + b];
                 }
-                dh[row][j][b] = dh[row][j][b] + tree_sum(sum);
+                dh.v[row][j][b] = dh.v[row][j][b] + tree_sum(sum);
             }
         }
     }
 
-    __device__ void run(int live) {
+    __device__ PartOfDh<P> run() {
         for (int group = 0; group < p.groups; ++group) {
             Accumulators c;
             multiply(c);
             if (p.sums_w) sum_over_rank(c, group);
             if (p.sums_h) sum_over_experts(c, group);
         }
-        if (p.dh) {
-            const int64_t block = int64_t(blockIdx.y) * p.per_block + warpgroup;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int64_t t = token() + 8 * i;
-                float2* at = reinterpret_cast<float2*>(p.dh + (block * p.tokens + t) * R) + lane % 4;
-#pragma unroll
-                for (int j = 0; j < R / 8; ++j) {
-                    if (t < p.tokens) at[4 * j] = {dh[i][j][0], dh[i][j][1]};
-                }
-            }
-        } else if (p.rows) {
-            add_parts(live);
-        }
-    }
-
-    // d(h) of the block's tokens: the warpgroups' parts in order, scaled; zeros up to padded_rank.
-    __device__ void add_parts(int live) {
-        float* const parts = reinterpret_cast<float*>(s.tiles());
-        named_barrier(1, 128 * live);  // no products read the tiles any more
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float2* at = reinterpret_cast<float2*>(parts + (warpgroup * kTokens + row() + 8 * i) * R) + lane % 4;
-#pragma unroll
-            for (int j = 0; j < R / 8; ++j) at[4 * j] = {dh[i][j][0], dh[i][j][1]};
-        }
-        named_barrier(1, 128 * live);
-        for (int i = threadIdx.x; i < kTokens * p.padded_rank; i += 128 * live) {
-            const int row = i / p.padded_rank, rank = i % p.padded_rank;
-            const int64_t t = int64_t(blockIdx.x) * kTokens + row;
-            float v = 0;
-            if (rank < R) {
-                for (int block = 0; block < live; ++block) v = v + parts[(block * kTokens + row) * R + rank];
-                v = v * p.scaling;
-                if (p.relu && t < p.tokens && to_float(static_cast<const E*>(p.h)[t * R + rank]) <= 0) v = 0;
-            }
-            if (t < p.tokens) static_cast<E*>(p.rows)[t * p.pitch + rank] = rounded<E>(v);
-        }
+        return dh;
     }
 };
+
+// A warpgroup's part of d(h): to memory for `route`, or added to those of the block's others, in order, and scaled;
+// zeros up to padded_rank.
+template <class E, class P>
+__device__ void finish_dh(const ContractArgs& p, const Shared<P>& s, const PartOfDh<P>& dh, int warpgroup, int live) {
+    constexpr int R = P::kRank;
+    const int row = tile_row(), lane = threadIdx.x % 32;
+    const int64_t first = int64_t(blockIdx.x) * kTokens, block = int64_t(blockIdx.y) * p.per_block + warpgroup;
+    float* const parts = reinterpret_cast<float*>(s.tiles());
+    if (p.rows) named_barrier(1, 128 * live);  // no products read the tiles any more
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int64_t t = first + row + 8 * i;
+        if (!p.rows && t >= p.tokens) continue;
+        float* const to = p.rows ? parts + (warpgroup * kTokens + row + 8 * i) * R : p.dh + (block * p.tokens + t) * R;
+#pragma unroll
+        for (int j = 0; j < R / 8; ++j) {
+            *reinterpret_cast<float2*>(to + 8 * j + lane % 4 * 2) = {dh.v[i][j][0], dh.v[i][j][1]};
+        }
+    }
+    if (!p.rows) return;
+    named_barrier(1, 128 * live);
+    for (int i = threadIdx.x; i < kTokens * p.padded_rank; i += 128 * live) {
+        const int row = i / p.padded_rank, rank = i % p.padded_rank;
+        const int64_t t = first + row;
+        float v = 0;
+        if (rank < R) {
+            for (int block = 0; block < live; ++block) v = v + parts[(block * kTokens + row) * R + rank];
+            v = v * p.scaling;
+            if (p.relu && t < p.tokens && to_float(static_cast<const E*>(p.h)[t * R + rank]) <= 0) v = 0;
+        }
+        if (t < p.tokens) static_cast<E*>(p.rows)[t * p.pitch + rank] = rounded<E>(v);
+    }
+}
 
 template <class E, class P>
 __global__ void __launch_bounds__(P::kThreads, 1) contract_kernel(const __grid_constant__ ContractArgs p) {
@@ -268,10 +273,12 @@ __global__ void __launch_bounds__(P::kThreads, 1) contract_kernel(const __grid_c
         if constexpr (P::kMovesRegisters) grow_registers<104>();
         if (warpgroup >= live) return;
         const int valid = min(kExperts, p.experts - first - warpgroup * kExperts);
+        PartOfDh<P> dh;
         if (kFew < kExperts && valid <= kFew)
-            Multiply<E, P, kFew>(p, s, warpgroup, valid).run(live);
+            dh = Multiply<E, P, kFew>(p, s, warpgroup, valid).run();
         else
-            Multiply<E, P, kExperts>(p, s, warpgroup, valid).run(live);
+            dh = Multiply<E, P, kExperts>(p, s, warpgroup, valid).run();
+        if (p.sums_h) finish_dh<E>(p, s, dh, warpgroup, live);
     }
 }
 
