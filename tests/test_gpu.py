@@ -178,7 +178,8 @@ torch.cuda.synchronize()
 import torch
 import mtlora_kernels as mk
 from mtlora_kernels.testing import random_inputs, run_case
-shapes = ((150, 72, 96, 16, 15, 6), (300, 512, 512, 16, 16, 32), (5, 512, 512, 16, 16, 2), (300, 256, 256, 64, 8, 1))
+shapes = ((150, 72, 96, 16, 15, 6), (300, 512, 512, 16, 16, 32), (5, 512, 512, 16, 16, 2), (300, 256, 256, 64, 8, 1),
+          (150, 64, 192, 16, 7, 8), (2200, 64, 192, 16, 25, 8))
 for shape in shapes:
     for options in ({"expert_scale": True, "load": True, "activation": "relu"}, {"numerics": "eager"}):
         run_case("cuda", random_inputs(*shape, dtype=torch.bfloat16, device="cuda", **options))

@@ -46,15 +46,3 @@ def test_the_most_weights_of_a_token_are_served(experts, groups):
 )
 def test_what_is_refused(changes, phrase):
     assert phrase in hopper_limits(SERVED._replace(**changes))
-
-
-@pytest.mark.parametrize("tokens, experts, groups, rank", [(2**22, 25, 32, 16), (2**26, 1, 1, 64)])
-def test_a_backward_of_more_threads_than_are_counted_is_refused_before_its_first_kernel(tokens, experts, groups, rank):
-    _C = pytest.importorskip("mtlora_kernels._C")
-    if _C.build_info()["cuda"] is None:
-        pytest.skip("built without the CUDA kernels")
-    params = _C.RoutedLoraBwd()
-    params.tokens, params.experts, params.groups, params.rank = tokens, experts, groups, rank
-    params.d_in, params.d_out, params.token_chunk = 64, 16 * groups, tokens
-    with pytest.raises(RuntimeError, match=f"{tokens} tokens with {groups} groups of {experts} experts"):
-        _C.routed_lora_bwd_cuda(params, 0, [0] * 16)

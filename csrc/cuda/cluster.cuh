@@ -70,4 +70,12 @@ struct Ring {
     }
 };
 
+// Barriers of a ring, one thread: a stage is full after one arrival and its bytes, empty after those of its consumers.
+__device__ inline void init_stages(uint64_t* full, uint64_t* empty, int stages, uint32_t consumers) {
+    for (int s = 0; s < stages; ++s) {
+        barrier_init(full + s, 1);
+        barrier_init(empty + s, consumers);
+    }
+}
+
 }  // namespace mtlora::cuda

@@ -240,6 +240,9 @@ __device__ inline void wgmma_wait() {
 #define MTLORA_REGS_16 \
     MTLORA_REGS_8      \
     ", %4, %5, %6, %7"
+#define MTLORA_REGS_24 \
+    MTLORA_REGS_16     \
+    ", %8, %9, %10, %11"
 #define MTLORA_REGS_32 \
     MTLORA_REGS_16     \
     ", %8, %9, %10, %11, %12, %13, %14, %15"
@@ -261,6 +264,7 @@ __device__ inline void wgmma_wait() {
     ", %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MTLORA_OUT_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MTLORA_OUT_8(d, i) MTLORA_OUT_4(d, i), MTLORA_OUT_4(d, i + 4)
+#define MTLORA_OUT_12(d, i) MTLORA_OUT_8(d, i), MTLORA_OUT_4(d, i + 8)
 #define MTLORA_OUT_16(d, i) MTLORA_OUT_8(d, i), MTLORA_OUT_8(d, i + 8)
 #define MTLORA_OUT_32(d, i) MTLORA_OUT_16(d, i), MTLORA_OUT_16(d, i + 16)
 #define MTLORA_OUT_64(d, i) MTLORA_OUT_32(d, i), MTLORA_OUT_32(d, i + 32)
@@ -302,6 +306,7 @@ __device__ inline void wgmma_wait() {
 
 MTLORA_WGMMA(8, 4, 4, 5, 6, 7, 8, 9, 10)
 MTLORA_WGMMA(16, 8, 8, 9, 10, 11, 12, 13, 14)
+MTLORA_WGMMA(24, 12, 12, 13, 14, 15, 16, 17, 18)
 MTLORA_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
 MTLORA_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 MTLORA_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
@@ -313,6 +318,7 @@ MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef MTLORA_WGMMA_RS
 #undef MTLORA_REGS_8
 #undef MTLORA_REGS_16
+#undef MTLORA_REGS_24
 #undef MTLORA_REGS_32
 #undef MTLORA_REGS_64
 #undef MTLORA_REGS_128
@@ -320,6 +326,7 @@ MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef MTLORA_REGS_256
 #undef MTLORA_OUT_4
 #undef MTLORA_OUT_8
+#undef MTLORA_OUT_12
 #undef MTLORA_OUT_16
 #undef MTLORA_OUT_32
 #undef MTLORA_OUT_64

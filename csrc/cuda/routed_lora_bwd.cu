@@ -1,10 +1,7 @@
 // The backward: which kernels run, their workspaces, and `route`, the small one between the products.
 #include <cuda_runtime.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <stdexcept>
-#include <string>
 
 #include "cuda/elements.cuh"
 #include "cuda/hopper.cuh"
@@ -23,7 +20,8 @@ struct RouteArgs {
     float *dw, *dpi;
     void* rows;
     int64_t pitch;
-    int tokens, groups, experts, log_lanes;  // lanes: runs of experts, padded to a power of two
+    int64_t tokens;
+    int groups, experts, log_lanes;  // lanes: runs of experts, padded to a power of two
     int rank, padded_rank, blocks;
     int weight_blocks;  // of the grid: the first ones
     float scaling, inverse_count;
@@ -33,7 +31,7 @@ struct RouteArgs {
 // d(pi) and d(logits) = pi (d(pi) - sum over N of pi d(pi)) of `run` experts of (token, group), all of them experts or
 // none; the lanes of a row share the sum.
 template <class E, int run>
-__device__ void route_weights(const RouteArgs& p, int row, int expert) {
+__device__ void route_weights(const RouteArgs& p, int64_t row, int expert) {
     struct alignas(run * sizeof(float)) Floats {
         float v[run];
     };
@@ -41,7 +39,7 @@ __device__ void route_weights(const RouteArgs& p, int row, int expert) {
         E v[run];
     };
     const bool live = row < p.tokens * p.groups && expert < p.experts;
-    const int64_t at = int64_t(row) * p.experts + expert;
+    const int64_t at = row * p.experts + expert;
     float pi[run] = {}, sum[run] = {};
     Floats dpi = {};
     if (live) {
@@ -70,7 +68,7 @@ __device__ void route_weights(const RouteArgs& p, int row, int expert) {
         for (int i = 0; i < n; ++i) sum[i] = sum[i] + sum[i + n];
     }
     if (live) {
-        const int token = row / p.groups, group = row - token * p.groups;
+        const int64_t token = row / p.groups, group = row - token * p.groups;
         Elements dlogits;
 #pragma unroll
         for (int i = 0; i < run; ++i) dlogits.v[i] = rounded<E>(pi[i] * (dpi.v[i] - sum[0]));
@@ -85,7 +83,7 @@ __device__ void route_h(const RouteArgs& p, int64_t token, int rank) {
     float dh = 0;
     if (rank < p.rank) {
         for (int block = 0; block < p.blocks; ++block) {
-            dh = dh + p.dh[(int64_t(block) * p.tokens + token) * p.rank + rank];
+            dh = dh + p.dh[(block * p.tokens + token) * p.rank + rank];
         }
         dh = dh * p.scaling;
         if (p.relu && to_float(static_cast<const E*>(p.h)[token * p.rank + rank]) <= 0) dh = 0;
@@ -98,12 +96,12 @@ __global__ void __launch_bounds__(kThreads) route_kernel(const RouteArgs p) {
     grid_dependency_wait();
     launch_dependents();
     if (int(blockIdx.x) < p.weight_blocks) {
-        const unsigned thread = blockIdx.x * kThreads + threadIdx.x;
-        route_weights<E, run>(p, int(thread >> p.log_lanes), int(thread & ((1u << p.log_lanes) - 1)) * run);
+        const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+        route_weights<E, run>(p, thread >> p.log_lanes, int(thread & ((1 << p.log_lanes) - 1)) * run);
     } else {
-        const unsigned thread = (blockIdx.x - unsigned(p.weight_blocks)) * kThreads + threadIdx.x;
-        const unsigned token = thread / unsigned(p.padded_rank);
-        if (token < unsigned(p.tokens)) route_h<E>(p, token, int(thread - token * unsigned(p.padded_rank)));
+        const int64_t thread = int64_t(int(blockIdx.x) - p.weight_blocks) * kThreads + threadIdx.x;
+        const int64_t token = thread / p.padded_rank;
+        if (token < p.tokens) route_h<E>(p, token, int(thread - token * p.padded_rank));
     }
 }
 
@@ -122,7 +120,9 @@ struct Carver {
 Buffers carve(const RoutedLoraBwd& f, Carver& workspace) {
     const bool needs_rows = f.dx.data || f.dlora_a.data || f.drouter.data;
     const bool needs_dw = f.dpi.data || f.dexpert_scale.data || (needs_rows && f.router.data);
-    const int64_t pairs = f.tokens * f.groups, blocks = ceil_div(f.experts * f.rank, 128);
+    const bool routes = contract_routes(f);
+    const int64_t pairs = f.tokens * f.groups;
+    const int64_t depth = contract_depth(f), b_steps = ceil_div(f.d_out / f.groups, depth);
     // `grad_x` runs last and reads the rows alone: all else lies in the memory of d(x) where there is room.
     Carver lent{static_cast<char*>(f.dx.data)};
     const int64_t room = f.dx.data ? f.tokens * f.d_in * 2 : 0;
@@ -133,10 +133,9 @@ Buffers carve(const RoutedLoraBwd& f, Carver& workspace) {
     Buffers w;
     w.rows = needs_rows ? workspace.take(f.tokens * row_pitch(f) * 2) : nullptr;
     w.chunk_sums = static_cast<float*>(take(chunk_sums(f) > 0, chunk_sums(f) * 4));
-    w.dw = static_cast<float*>(take(needs_dw, pairs * f.experts * 4));
-    w.dh = static_cast<float*>(take(needs_rows, blocks * f.tokens * f.rank * 4));
-    w.b_tiles =
-        take(needs_dw || needs_rows, f.groups * ceil_div(f.d_out / f.groups, 64) * weight_blocks(f) * kWeightTileBytes);
+    w.dw = static_cast<float*>(take(needs_dw && !routes, pairs * f.experts * 4));
+    w.dh = static_cast<float*>(take(needs_rows && !routes, column_blocks(f) * f.tokens * f.rank * 4));
+    w.b_tiles = take(needs_dw || needs_rows, f.groups * b_steps * weight_blocks(f) * depth * 256);
     w.pi_tiles = take(f.dlora_b.data || needs_rows, f.groups * ceil_div(f.tokens, 64) * tile_experts(f) * 128);
     w.sums = static_cast<float*>(take(f.dexpert_scale.data, sum_rows_workspace(pairs, f.experts) * 4));
     return w;
@@ -153,15 +152,6 @@ int log_lanes(const RoutedLoraBwd& f) {
     return log;
 }
 
-// `route` counts its threads in 32 bits and the rows of pi in 31. With 25 experts that is 2^27 rows, 7 GB of pi.
-void check_rows(const RoutedLoraBwd& f) {
-    const int64_t rows = f.tokens * f.groups, threads = std::max(rows << log_lanes(f), f.tokens * padded_rank(f));
-    if (threads <= int64_t(UINT32_MAX) && rows <= int64_t(INT32_MAX)) return;
-    throw std::runtime_error("routed_lora backward: " + std::to_string(f.tokens) + " tokens with " +
-                             std::to_string(f.groups) + " groups of " + std::to_string(f.experts) +
-                             " experts are more than one call can take, split the tokens");
-}
-
 template <class E, int run>
 void launch_route(const RoutedLoraBwd& f, const Buffers& w) {
     RouteArgs p = {};
@@ -173,14 +163,14 @@ void launch_route(const RoutedLoraBwd& f, const Buffers& w) {
     p.dw = w.dw;
     p.dpi = static_cast<float*>(f.dpi.data);
     p.rows = w.rows;
-    p.tokens = int(f.tokens);
+    p.tokens = f.tokens;
     p.pitch = row_pitch(f);
     p.groups = int(f.groups);
     p.experts = int(f.experts);
     p.log_lanes = log_lanes(f);
     p.rank = int(f.rank);
     p.padded_rank = padded_rank(f);
-    p.blocks = int(ceil_div(f.experts * f.rank, 128));
+    p.blocks = column_blocks(f);
     p.scaling = f.scaling;
     p.inverse_count = f.inverse_count;
     p.relu = f.relu;
@@ -218,12 +208,9 @@ int64_t routed_lora_bwd_workspace(const RoutedLoraBwd& f) {
 void routed_lora_bwd(const RoutedLoraBwd& f) {
     Carver carver{static_cast<char*>(f.workspace)};
     const Buffers w = carve(f, carver);
-    check_rows(f);
     pack(f, w);
-    if (w.dw || w.dh) {
-        contract(f, w);
-        route(f, w);
-    }
+    if (w.b_tiles) contract(f, w);
+    if (w.dw || w.dh) route(f, w);
     if (f.dlora_b.data) grad_b(f, w);
     if (f.dlora_a.data || f.drouter.data) grad_rows(f, w);
     if (f.dexpert_scale.data) {

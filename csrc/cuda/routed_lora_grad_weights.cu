@@ -24,6 +24,7 @@ constexpr int kBoxBytes = kTokens * 128;
 constexpr int kMaxStages = 12;
 constexpr int kWeightRow = kTokens * 2;  // bytes of an expert in a tile of pi
 constexpr int kAddThreads = 128;
+constexpr int kSmallGroups = 4;  // of up to 24 outputs, that a block of grad_b takes at once
 
 // Row tiles of the transposed product, 64 columns each. grad_b (`mixed`): one a warpgroup, which builds its next piece
 // of z while the others multiply. grad_rows: up to two a warpgroup, both operands from shared memory.
@@ -64,10 +65,10 @@ struct TokenTile {
     int columns;  // live ones
 };
 
-template <int BF>
+template <int BF, int kGroups>
 __device__ TokenTile token_tile(const TokenArgs& p) {
     TokenTile t;
-    t.group = int(blockIdx.x) / p.feature_tiles;
+    t.group = int(blockIdx.x) / p.feature_tiles * kGroups;
     t.feature = int(blockIdx.x) % p.feature_tiles * BF;
     t.column = int(blockIdx.y) * p.block_columns;
     t.chunk = int(blockIdx.z);
@@ -77,21 +78,22 @@ __device__ TokenTile token_tile(const TokenArgs& p) {
     return t;
 }
 
-// BF = features of a block; bytes of their tile.
+// BF = features of a block; bytes of a token in a box of them, of a box, of their tile.
 template <int BF>
-constexpr int kFeatureBytes = (BF + 63) / 64 * kBoxBytes;
+constexpr int kRowBytes = BF < 64 ? 64 : 128;
+template <int BF>
+constexpr int kFeatureBox = kTokens * kRowBytes<BF>;
+template <int BF>
+constexpr int kFeatureBytes = (BF + 63) / 64 * kFeatureBox<BF>;
 
 // Tiles by TMA, one thread.
-template <bool mixed, int BF>
+template <bool mixed, int BF, int kGroups>
 __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty) {
     const int boxes = mixed ? 1 : (t.columns + 63) / 64;
     const int h_bytes = kTokens * p.rank * 2, weight_bytes = Plan<mixed>::kColumns / p.rank * kWeightRow;
-    const int bytes = kFeatureBytes<BF> + (mixed ? h_bytes + weight_bytes : boxes * kBoxBytes);
-    const char* weights = nullptr;
-    if constexpr (mixed) {
-        const int64_t tile = int64_t(t.group) * ((p.tokens + kTokens - 1) / kTokens) + t.token / kTokens;
-        weights = p.pi_tiles + (tile * p.tile_experts + t.column / p.rank) * kWeightRow;
-    }
+    const int bytes = kGroups * kFeatureBytes<BF> + (mixed ? h_bytes + kGroups * weight_bytes : boxes * kBoxBytes);
+    const int64_t group_tiles = (p.tokens + kTokens - 1) / kTokens, pitch = int64_t(p.tile_experts) * kWeightRow;
+    const char* weights = p.pi_tiles + t.token / kTokens * pitch + t.column / p.rank * kWeightRow;
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
         char* const stage = shared + ring.stage * p.stage_bytes;
@@ -100,16 +102,21 @@ __device__ void load_tiles(const TokenArgs& p, const TokenTile& t, char* shared,
         barrier_wait(empty + ring.stage, ring.parity ^ 1);
         barrier_expect(barrier, uint32_t(bytes));
 #pragma unroll
-        for (int at = 0; at < kFeatureBytes<BF>; at += kBoxBytes) {
-            tma_load_once(stage + at, &p.features, barrier, t.feature + at / kBoxBytes * 64, t.group, token);
+        for (int at = 0; at < kGroups * kFeatureBytes<BF>; at += kFeatureBox<BF>) {
+            tma_load_once(stage + at, &p.features, barrier, t.feature + at % kFeatureBytes<BF> / kFeatureBox<BF> * 64,
+                          t.group + at / kFeatureBytes<BF>, token);
         }
+        char* const narrow = stage + kGroups * kFeatureBytes<BF>;
         for (int box = 0; box < boxes; ++box) {
-            tma_load(stage + kFeatureBytes<BF> + box * kBoxBytes, &p.columns, barrier, mixed ? 0 : t.column + box * 64,
-                     token);
+            tma_load(narrow + box * kBoxBytes, &p.columns, barrier, mixed ? 0 : t.column + box * 64, token);
         }
         if constexpr (mixed) {
-            bulk_load(stage + kFeatureBytes<BF> + h_bytes, weights, uint32_t(weight_bytes), barrier);
-            weights += p.tile_experts * kWeightRow;
+#pragma unroll
+            for (int g = 0; g < kGroups; ++g) {
+                const int64_t tile = min(t.group + g, p.groups - 1) * group_tiles;
+                bulk_load(narrow + h_bytes + g * weight_bytes, weights + tile * pitch, uint32_t(weight_bytes), barrier);
+            }
+            weights += pitch;
         }
         ring.advance(p.stages);
     }
@@ -142,24 +149,32 @@ struct MixedH {
         rows = uint32_t((lane / 16 * 8 + lane % 8) * pitch + (lane & 8 ? high : low) * 2);
         rows ^= ((rows >> 7) & (pitch / 16 - 1)) << 4;
         // Every row of a matrix of pi is the same run of eight tokens.
-        weight = kTokens * pitch + uint32_t(two_experts ? (expert + matrix % 2) * kWeightRow + matrix / 2 * 16
-                                                        : expert * kWeightRow + matrix * 16);
+        const int row = two_experts ? expert + matrix % 2 : expert, run = two_experts ? matrix / 2 : matrix;
+        weight = uint32_t(kTokens * pitch + row * kWeightRow + (run ^ (t.column / p.rank + row) % 8) * 16);
         for (int i = 0; i < 2; ++i) {
             const int n = t.column / p.rank + expert + (two_experts ? i : 0);
             scale[i] = scaled && n < p.experts ? to_float(static_cast<const E*>(p.scale)[n]) : 0.0f;
         }
     }
 
-    // All 64 tokens of the tiles at `at`: every load before the first product, so that they wait together.
-    __device__ void build(uint32_t at, uint32_t (&a)[kTokens / 4]) const {
-        constexpr int kSteps = kTokens / 16, kWeightLoads = two_experts ? kSteps : kSteps / 2;
-        uint32_t h[kSteps][4], w[kWeightLoads][4];
-#pragma unroll
-        for (int i = 0; i < kWeightLoads; ++i) {
-            load_matrices<false>(w[i], at + weight + i * (two_experts ? 32 : 64));
-        }
+    static constexpr int kSteps = kTokens / 16, kWeightLoads = two_experts ? kSteps : kSteps / 2;
+    using Rows = uint32_t[kSteps][4];
+    using Weights = uint32_t[kWeightLoads][4];
+
+    // All 64 tokens of the tile of h at `at`, of a group's pi: every load before the first product, so that they wait
+    // together.
+    __device__ void load_rows(Rows& h, uint32_t at) const {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) load_matrices<true>(h[k], at + rows + k * 16 * pitch);
+    }
+    __device__ void load_weights(Weights& w, uint32_t at) const {
+#pragma unroll
+        for (int i = 0; i < kWeightLoads; ++i) {
+            load_matrices<false>(w[i], (at + weight) ^ (i * (two_experts ? 32 : 64)));
+        }
+    }
+
+    __device__ void build(const Rows& h, const Weights& w, uint32_t (&a)[kTokens / 4]) const {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
 #pragma unroll
@@ -173,11 +188,11 @@ struct MixedH {
 
 // The sums of 64 columns to memory.
 template <int BF>
-__device__ void store_sums(const TokenArgs& p, const TokenTile& t, int tile, const float (&c)[BF / 2]) {
+__device__ void store_sums(const TokenArgs& p, const TokenTile& t, int group, int tile, const float (&c)[BF / 2]) {
     const int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
     const int column = t.column + 64 * tile + 16 * warp + lane / 4, feature = t.feature + lane % 4 * 2;
     const int64_t pitch = int64_t(p.groups) * p.group_size;
-    float* const to = p.sums + (int64_t(t.chunk) * p.width + column) * pitch + t.group * p.group_size + feature;
+    float* const to = p.sums + (int64_t(t.chunk) * p.width + column) * pitch + group * p.group_size + feature;
 #pragma unroll
     for (int row = 0; row < 2; ++row) {
         if (column + 8 * row >= p.width) continue;
@@ -190,34 +205,48 @@ __device__ void store_sums(const TokenArgs& p, const TokenTile& t, int tile, con
     }
 }
 
-// d(B) of 64 columns.
-template <class E, int BF, bool two_experts, bool scaled>
+// d(B) of 64 columns and kGroups groups.
+template <class E, int BF, int kGroups, bool two_experts, bool scaled>
 __device__ void multiply_mixed(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
                                int warpgroup) {
-    const MixedH<E, two_experts, scaled> z(p, t, warpgroup);
-    const uint32_t narrow = smem_address(shared) + kFeatureBytes<BF>;
-    const uint64_t features = smem_descriptor(shared, kBoxBytes, 1024, Swizzle::b128);
-    float c[BF / 2];
+    using Z = MixedH<E, two_experts, scaled>;
+    const Z z(p, t, warpgroup);
+    const uint32_t narrow = smem_address(shared) + kGroups * kFeatureBytes<BF>;
+    const int weight_bytes = Plan<true>::kColumns / p.rank * kWeightRow;
+    const uint64_t features = smem_descriptor(shared, kFeatureBox<BF>, 8 * kRowBytes<BF>, swizzle_of(kRowBytes<BF>));
+    float c[kGroups][BF / 2];
     uint32_t a[kTokens / 4];
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
+        const uint32_t stage = ring.stage * p.stage_bytes;
+        typename Z::Rows h;
+        typename Z::Weights w;
         barrier_wait(full + ring.stage, ring.parity);
-        z.build(narrow + ring.stage * p.stage_bytes, a);
-        pin(a);
-        const uint64_t b = advanced(features, ring.stage * p.stage_bytes);
-        wgmma_fence();
+        z.load_weights(w, narrow + stage);
+        z.load_rows(h, narrow + stage);
 #pragma unroll
-        for (int k = 0; k < kTokens / 16; ++k) {  // 16 tokens: 16 rows of 128 bytes
-            wgmma<E, 1>(c, a + 4 * k, advanced(b, k * 2048), step > 0 || k > 0);
+        for (int g = 0; g < kGroups; ++g) {
+            z.build(h, w, a);
+            pin(a);
+            const uint64_t b = advanced(features, stage + g * kFeatureBytes<BF>);
+            wgmma_fence();
+#pragma unroll
+            for (int k = 0; k < kTokens / 16; ++k) {  // 16 tokens: 16 rows
+                wgmma<E, 1>(c[g], a + 4 * k, advanced(b, k * 16 * kRowBytes<BF>), step > 0 || k > 0);
+            }
+            wgmma_commit();
+            if (g + 1 < kGroups) z.load_weights(w, narrow + stage + (g + 1) * weight_bytes);
+            wgmma_wait<0>();  // the other warpgroups keep the tensor cores busy while this one builds its operand
+            pin(c[g]);
+            pin(a);
         }
-        wgmma_commit();
-        wgmma_wait<0>();  // the other warpgroups keep the tensor cores busy while this one builds its operand
-        pin(c);
-        pin(a);
-        if (threadIdx.x % 32 == 0) barrier_arrive(empty + ring.stage);
+        barrier_arrive(empty + ring.stage);  // every thread: it has read by itself, not by products alone
         ring.advance(p.stages);
     }
-    store_sums<BF>(p, t, warpgroup, c);
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+        if (t.group + g < p.groups) store_sums<BF>(p, t, t.group + g, warpgroup, c[g]);
+    }
 }
 
 // d(A) and d(R) of `tiles` times 64 columns.
@@ -225,8 +254,9 @@ template <class E, int BF, int tiles>
 __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shared, uint64_t* full, uint64_t* empty,
                               int warpgroup) {
     constexpr int kWarpgroups = Plan<false>::kWarpgroups;
-    const uint64_t features = smem_descriptor(shared, kBoxBytes, 1024, Swizzle::b128);
-    const uint64_t rows = advanced(features, kFeatureBytes<BF> + warpgroup * kBoxBytes);
+    const uint64_t features = smem_descriptor(shared, kFeatureBox<BF>, 8 * kRowBytes<BF>, swizzle_of(kRowBytes<BF>));
+    const uint64_t rows =
+        smem_descriptor(shared + kFeatureBytes<BF> + warpgroup * kBoxBytes, kBoxBytes, 1024, Swizzle::b128);
     float c[tiles][BF / 2];
     Ring ring;
     for (int step = 0; step < t.steps; ++step) {
@@ -238,7 +268,7 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
 #pragma unroll
             for (int m = 0; m < tiles; ++m) {
                 wgmma<E, 1, 1>(c[m], advanced(rows, stage + m * kWarpgroups * kBoxBytes + k * 2048),
-                               advanced(features, stage + k * 2048), step > 0 || k > 0);
+                               advanced(features, stage + k * 16 * kRowBytes<BF>), step > 0 || k > 0);
             }
         }
         wgmma_commit();
@@ -249,24 +279,20 @@ __device__ void multiply_rows(const TokenArgs& p, const TokenTile& t, char* shar
         ring.advance(p.stages);
     }
 #pragma unroll
-    for (int m = 0; m < tiles; ++m) store_sums<BF>(p, t, warpgroup + m * kWarpgroups, c[m]);
+    for (int m = 0; m < tiles; ++m) store_sums<BF>(p, t, 0, warpgroup + m * kWarpgroups, c[m]);
 }
 
-template <class E, bool mixed, int BF>
+template <class E, bool mixed, int BF, int kGroups>
 __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const __grid_constant__ TokenArgs p) {
     constexpr int kWarpgroups = Plan<mixed>::kWarpgroups;
     extern __shared__ char raw[];
     char* const shared = raw + (1024 - smem_address(raw) % 1024) % 1024;
     uint64_t* const full = reinterpret_cast<uint64_t*>(shared + p.stages * p.stage_bytes);
     uint64_t* const empty = full + kMaxStages;
-    const TokenTile t = token_tile<BF>(p);
+    const TokenTile t = token_tile<BF, kGroups>(p);
     const int tiles = (t.columns + 63) / 64;
     if (threadIdx.x == 0) {
-        const int warps = 4 * min(tiles, kWarpgroups);
-        for (int s = 0; s < p.stages; ++s) {
-            barrier_init(full + s, 1);
-            barrier_init(empty + s, uint32_t(warps));
-        }
+        init_stages(full, empty, p.stages, (mixed ? 128 : 4) * uint32_t(min(tiles, kWarpgroups)));
         barrier_init_fence();
     }
     __syncthreads();
@@ -276,19 +302,23 @@ __global__ void __launch_bounds__(Plan<mixed>::kThreads, 1) token_kernel(const _
     const int warpgroup = uniform(threadIdx.x / 128);
     if (warpgroup == kWarpgroups) {
         shrink_registers<Plan<mixed>::kProducerRegisters>();
-        if (threadIdx.x % 128 == 0) load_tiles<mixed, BF>(p, t, shared, full, empty);
+        if (threadIdx.x % 128 == 0) load_tiles<mixed, BF, kGroups>(p, t, shared, full, empty);
     } else {
         grow_registers<Plan<mixed>::kConsumerRegisters>();
         if constexpr (mixed) {
             if (warpgroup < tiles) {
-                if (p.rank > 8 && !p.scale)
-                    multiply_mixed<E, BF, false, false>(p, t, shared, full, empty, warpgroup);
-                else if (p.rank > 8)
-                    multiply_mixed<E, BF, false, true>(p, t, shared, full, empty, warpgroup);
-                else if (!p.scale)
-                    multiply_mixed<E, BF, true, false>(p, t, shared, full, empty, warpgroup);
-                else
-                    multiply_mixed<E, BF, true, true>(p, t, shared, full, empty, warpgroup);
+                if constexpr (kGroups > 1) {  // registers for one expert a warp and no scale
+                    multiply_mixed<E, BF, kGroups, false, false>(p, t, shared, full, empty, warpgroup);
+                } else {
+                    if (p.rank > 8 && !p.scale)
+                        multiply_mixed<E, BF, 1, false, false>(p, t, shared, full, empty, warpgroup);
+                    else if (p.rank > 8)
+                        multiply_mixed<E, BF, 1, false, true>(p, t, shared, full, empty, warpgroup);
+                    else if (!p.scale)
+                        multiply_mixed<E, BF, 1, true, false>(p, t, shared, full, empty, warpgroup);
+                    else
+                        multiply_mixed<E, BF, 1, true, true>(p, t, shared, full, empty, warpgroup);
+                }
             }
         } else {
             if (warpgroup + kWarpgroups < tiles)
@@ -364,38 +394,47 @@ __global__ void __launch_bounds__(kAddThreads) add_chunks_kernel(const AddArgs p
     }
 }
 
-template <class E, bool mixed, int BF>
-void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int narrow_bytes) {
-    p.stage_bytes = int(ceil_div(kFeatureBytes<BF> + narrow_bytes, 1024) * 1024);
+template <class E, bool mixed, int BF, int kGroups = 1>
+void launch_tokens(const char* name, TokenArgs& p, const RoutedLoraBwd& f) {
+    const View& features = mixed ? f.dout : f.x;
+    p.features = tensor_map(
+        features.data, f.compute_dtype,
+        {{p.group_size, 1, kRowBytes<BF> / 2}, {p.groups, p.group_size, 1}, {f.tokens, features.stride[0], kTokens}});
+    const int narrow_bytes =
+        mixed ? kTokens * int(f.rank) * 2 + kGroups * (Plan<true>::kColumns / int(f.rank)) * kWeightRow
+              : p.block_columns / 64 * kBoxBytes;
+    p.stage_bytes = int(ceil_div(kGroups * kFeatureBytes<BF> + narrow_bytes, 1024) * 1024);
     constexpr int barrier_bytes = 2 * kMaxStages * 8;
     p.stages = std::min(kMaxStages, (kMaxSharedBytes - 1024 - barrier_bytes) / p.stage_bytes);
     p.tokens = int(f.tokens);
     p.chunk = int(f.token_chunk);
     p.experts = int(f.experts);
-    p.rank = int(f.rank);
     p.tile_experts = tile_experts(f);
     p.feature_tiles = int(ceil_div(p.group_size, BF));
-    const dim3 grid(unsigned(p.groups * p.feature_tiles), unsigned(ceil_div(p.width, p.block_columns)),
-                    unsigned(ceil_div(f.tokens, f.token_chunk)));
+    const dim3 grid(unsigned(ceil_div(p.groups, kGroups) * p.feature_tiles),
+                    unsigned(ceil_div(p.width, p.block_columns)), unsigned(ceil_div(f.tokens, f.token_chunk)));
     const int shared = 1024 + p.stages * p.stage_bytes + barrier_bytes;
-    launch<token_kernel<E, mixed, BF>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
+    launch<token_kernel<E, mixed, BF, kGroups>>(name, grid, Plan<mixed>::kThreads, shared, f.stream, true, p);
 }
 
 template <class E, bool mixed>
-void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f, int narrow_bytes) {
+void choose_features(const char* name, TokenArgs& p, const RoutedLoraBwd& f) {
     auto padded = [&](int features) { return ceil_div(p.group_size, features) * features; };
-    auto few = [&](int features) {
-        return ceil_div(f.tokens, f.token_chunk) * p.groups * ceil_div(p.group_size, features) *
+    auto few = [&](int features, int groups = 1) {
+        return ceil_div(f.tokens, f.token_chunk) * ceil_div(p.groups, groups) * ceil_div(p.group_size, features) *
                    ceil_div(p.width, p.block_columns) <
                multiprocessors() * 3 / 4;
     };
-    // Narrower where the group's tail would waste products, and where blocks would be too few.
-    if (p.group_size <= 32 || few(64))
-        launch_tokens<E, mixed, 32>(name, p, f, narrow_bytes);
+    // Narrower where the group's tail would waste products, and where blocks would be too few. Several small groups
+    // share the tiles of h.
+    if (mixed && p.group_size <= 24 && p.rank > 8 && !p.scale && !few(24, kSmallGroups))
+        launch_tokens<E, mixed, mixed ? 24 : 32, mixed ? kSmallGroups : 1>(name, p, f);
+    else if (p.group_size <= 32 || few(64))
+        launch_tokens<E, mixed, 32>(name, p, f);
     else if (padded(64) < padded(128) || few(128))
-        launch_tokens<E, mixed, 64>(name, p, f, narrow_bytes);
+        launch_tokens<E, mixed, 64>(name, p, f);
     else
-        launch_tokens<E, mixed, 128>(name, p, f, narrow_bytes);
+        launch_tokens<E, mixed, 128>(name, p, f);
 }
 
 template <bool mixed>
@@ -411,20 +450,17 @@ void launch_add_chunks(const char* name, const TokenArgs& p, AddArgs& a, const R
 
 template <class E>
 void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
-    const int64_t size = f.d_out / f.groups;
     TokenArgs p = {};
-    p.features = tensor_map(f.dout.data, f.compute_dtype,
-                            {{size, 1, 64}, {f.groups, size, 1}, {f.tokens, f.dout.stride[0], kTokens}});
     p.columns = tensor_map(f.h.data, f.compute_dtype, {{f.rank, 1, int(f.rank)}, {f.tokens, f.rank, kTokens}});
     p.pi_tiles = static_cast<const char*>(w.pi_tiles);
     p.scale = f.expert_scale.data;
     p.sums = w.chunk_sums;
-    p.group_size = int(size);
+    p.group_size = int(f.d_out / f.groups);
     p.groups = int(f.groups);
+    p.rank = int(f.rank);
     p.width = int(f.experts * f.rank);
     p.block_columns = Plan<true>::kColumns;
-    choose_features<E, true>("routed_lora grad_b", p, f,
-                             kTokens * int(f.rank) * 2 + Plan<true>::kColumns / int(f.rank) * kWeightRow);
+    choose_features<E, true>("routed_lora grad_b", p, f);
     AddArgs a = {};
     a.out = f.dlora_b.data;
     a.out_dtype = f.dlora_b.dtype;
@@ -435,8 +471,7 @@ void launch_grad_b(const RoutedLoraBwd& f, const Buffers& w) {
 template <class E>
 void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     TokenArgs p = {};
-    p.features =
-        tensor_map(f.x.data, f.compute_dtype, {{f.d_in, 1, 64}, {1, f.d_in, 1}, {f.tokens, f.x.stride[0], kTokens}});
+    p.rank = int(f.rank);
     p.width = row_width(f);
     p.columns = tensor_map(w.rows, f.compute_dtype, {{p.width, 1, 64}, {f.tokens, row_pitch(f), kTokens}});
     p.sums = w.chunk_sums;
@@ -444,7 +479,7 @@ void launch_grad_rows(const RoutedLoraBwd& f, const Buffers& w) {
     p.groups = 1;
     const int64_t tiles = ceil_div(p.width, 64);
     p.block_columns = int(ceil_div(tiles, ceil_div(tiles, Plan<false>::kColumns / 64))) * 64;  // the same for each
-    choose_features<E, false>("routed_lora grad_rows", p, f, p.block_columns / 64 * kBoxBytes);
+    choose_features<E, false>("routed_lora grad_rows", p, f);
     AddArgs a = {};
     a.out = f.dlora_a.data;
     a.out_dtype = f.dlora_a.dtype;

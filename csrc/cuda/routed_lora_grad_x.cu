@@ -215,10 +215,7 @@ __global__ void __launch_bounds__(kThreads, 1) grad_x_kernel(const __grid_consta
     uint64_t* const barriers = reinterpret_cast<uint64_t*>(out + 2 * p.out_tiles * kBoxBytes);
     uint64_t* const weights_full = barriers + 4 * p.stages;
     if (threadIdx.x == 0) {
-        for (int s = 0; s < 2 * p.stages; ++s) {
-            barrier_init(barriers + s, 1);
-            barrier_init(barriers + 2 * p.stages + s, 4 * cluster_size());
-        }
+        init_stages(barriers, barriers + 2 * p.stages, 2 * p.stages, 4 * cluster_size());
         for (int box = 0; box <= p.router_boxes; ++box) barrier_init(weights_full + box, 1);
         barrier_init_fence();
     }

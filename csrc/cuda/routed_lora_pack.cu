@@ -10,7 +10,6 @@ namespace mtlora::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kTileUnits = kWeightTileBytes / 16;
 constexpr int kSlabColumns = 128;         // groups x experts of pi in shared memory
 constexpr int kPitch = kSlabColumns + 1;  // of a token's: the tokens of a warp touch different banks
 
@@ -20,7 +19,7 @@ struct PackArgs {
     uint4* b_tiles;
     uint32_t* pi_tiles;
     int tokens, groups, group_size, experts, rank;
-    int steps, blocks;          // tiles of B in a group
+    int depth, steps, blocks;   // tiles of B: outputs, and those in a group
     int tiles, padded_experts;  // of pi: of 64 tokens
     int slabs, slab_groups;     // of groups, as many as fit
     int b_blocks, b_units;      // of the grid, and of 16 bytes
@@ -28,16 +27,17 @@ struct PackArgs {
 
 // One unit: eight columns of one output.
 __device__ inline void pack_b(const PackArgs& p, int unit) {
-    const int within = unit % kTileUnits, tile = unit / kTileUnits;
-    const int block = tile % p.blocks, step = tile / p.blocks % p.steps, group = tile / p.blocks / p.steps;
-    const int output = within / 8 % 64, column = block * 128 + within / 512 * 64 + within % 8 * 8;
-    const int expert = column / p.rank, at = step * 64 + output;
+    const int half_units = p.depth * 8, half = unit / half_units, within = unit % half_units;
+    const int tile = half / 2, block = tile % p.blocks, step = tile / p.blocks % p.steps;
+    const int group = tile / p.blocks / p.steps;
+    const int at = step * p.depth + within / 8, column = block * 128 + half % 2 * 64 + within % 8 * 8;
+    const int expert = column / p.rank;
     uint4 v = {0, 0, 0, 0};
     if (expert < p.experts && at < p.group_size) {
         const int64_t row = int64_t(expert) * p.groups * p.group_size + group * p.group_size + at;
         v = p.b[(row * p.rank + column % p.rank) / 8];
     }
-    p.b_tiles[int64_t(tile) * kTileUnits + (swizzled<128>(uint32_t(within % 512 * 16)) >> 4) + within / 512 * 512] = v;
+    p.b_tiles[int64_t(half) * half_units + (swizzled<128>(uint32_t(within * 16)) >> 4)] = v;
 }
 
 // 64 tokens of a few groups, `slab` of a tile: read along the experts, written along the tokens.
@@ -58,12 +58,14 @@ __device__ inline void pack_pi(const PackArgs& p, int tile, int slab) {
         }
     }
     __syncthreads();
-    for (int i = warp; i < groups * p.padded_experts; i += kThreads / 32) {
-        const int g = i / p.padded_experts, expert = i - g * p.padded_experts;
-        const uint16_t* const pair = staged + 2 * lane * kPitch + g * p.experts + expert;
-        const bool live = expert < p.experts;
-        uint32_t* const to = p.pi_tiles + ((int64_t(group + g) * p.tiles + tile) * p.padded_experts + expert) * 32;
-        to[lane] = live ? pair[0] | uint32_t(pair[kPitch]) << 16 : 0;
+    static_assert(kThreads / 32 == 8);  // an expert's runs of eight tokens lie in another order, and so on other banks
+    const int at = (lane / 4 ^ warp) * 4 + lane % 4;
+    for (int g = 0; g < groups; ++g) {
+        const uint16_t* const pair = staged + 2 * lane * kPitch + g * p.experts;
+        uint32_t* const to = p.pi_tiles + (int64_t(group + g) * p.tiles + tile) * p.padded_experts * 32 + at;
+        for (int expert = warp; expert < p.padded_experts; expert += kThreads / 32) {
+            to[expert * 32] = expert < p.experts ? pair[expert] | uint32_t(pair[kPitch + expert]) << 16 : 0;
+        }
     }
 }
 
@@ -92,13 +94,14 @@ void pack(const RoutedLoraBwd& f, const Buffers& w) {
     p.group_size = int(f.d_out / f.groups);
     p.experts = int(f.experts);
     p.rank = int(f.rank);
-    p.steps = int(ceil_div(p.group_size, 64));
+    p.depth = contract_depth(f);
+    p.steps = int(ceil_div(p.group_size, p.depth));
     p.blocks = weight_blocks(f);
     p.tiles = int(ceil_div(f.tokens, 64));
     p.padded_experts = tile_experts(f);
     p.slab_groups = kSlabColumns / int(f.experts);
     p.slabs = int(ceil_div(f.groups, p.slab_groups));
-    if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * kTileUnits;
+    if (w.b_tiles) p.b_units = p.groups * p.steps * p.blocks * p.depth * 16;
     p.b_blocks = int(ceil_div(p.b_units, kThreads));
     const int64_t blocks = p.b_blocks + (w.pi_tiles ? int64_t(p.tiles) * p.slabs : 0);
     launch<pack_kernel>("routed_lora pack", dim3(unsigned(blocks)), kThreads, 64 * kPitch * 2, f.stream, true, p);

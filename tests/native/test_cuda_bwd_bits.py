@@ -28,6 +28,16 @@ SHAPES = [
     (200, 512, 608, 64, 32, 38),  # as many router rows as are served
 ]  # fmt: skip
 
+# Enough tokens that a block of `contract` sees all experts and makes the rows itself: one to four blocks of columns,
+# the last one full or nearly empty, odd numbers of experts and of groups, one step and more for a group's outputs.
+ROW_SHAPES = [
+    (4500, 768, 768, 16, 25, 32), (4300, 64, 144, 16, 15, 3), (2900, 72, 240, 16, 19, 5), (4300, 64, 128, 8, 31, 4),
+    (2200, 64, 288, 32, 13, 3), (2900, 64, 128, 16, 17, 2), (2200, 136, 480, 16, 32, 6), (300, 200, 144, 16, 7, 3),
+    (65, 136, 32, 8, 1, 2), (130, 64, 48, 64, 2, 3), (4300, 64, 192, 64, 3, 2), (2900, 64, 64, 32, 9, 1),
+    (4300, 512, 512, 16, 16, 4), (16000, 64, 768, 16, 25, 32), (14400, 64, 608, 32, 15, 38),
+]  # fmt: skip
+TRAINING = (True, True, True, True, False, False)  # of needs
+
 
 def make_case(shape, E=BF16, *, weights=None, router=True, scale=False, relu=False, load=False):
     tokens, d_in, d_out, rank, experts, groups = shape
@@ -71,6 +81,13 @@ def test_options(options):
     check(make_case(SMALL, **options))
 
 
+@pytest.mark.parametrize("E", [BF16, F16], ids=str)
+@pytest.mark.parametrize("options", [{}, {"scale": True, "load": True, "relu": True}, {"router": False}], ids=str)
+@pytest.mark.parametrize("shape", ROW_SHAPES, ids=str)
+def test_training(shape, options, E):
+    check(make_case(shape, E, **options), TRAINING)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_each_gradient_alone(name):
     check(make_case(SMALL, scale=True), [other == name for other in NAMES])
@@ -104,13 +121,20 @@ def test_special_values(name, special):
     check(case)
 
 
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), 0.0], ids=str)
+@pytest.mark.parametrize("name", ["dout", "lora_b", "h"])
+def test_special_values_of_training(name, special):
+    case = make_case((2900, 64, 144, 16, 18, 3))
+    case[name][7 : 7 + 5 * len(case[name]) // 9] = special
+    check(case, TRAINING)
+
+
 def test_captured_in_a_graph():
     case = make_case(SMALL)
-    needs = (True, True, True, True, False, False)
-    expected = cuda_bwd.routed_lora_bwd(**case, needs=needs)
+    expected = cuda_bwd.routed_lora_bwd(**case, needs=TRAINING)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = cuda_bwd.routed_lora_bwd(**case, needs=needs)
+        captured = cuda_bwd.routed_lora_bwd(**case, needs=TRAINING)
     for gradient in captured[:4]:
         gradient.zero_()
     graph.replay()
@@ -118,7 +142,20 @@ def test_captured_in_a_graph():
         assert_bitwise_equal(a, e, name)
 
 
+@pytest.mark.slow
+def test_more_threads_than_32_bits_count_equal_two_halves():
+    """The kernel between the products: 32 threads for the 17 experts of each of 2^27 + 4096 rows of pi."""
+    case = make_case((2**21 + 64, 64, 1024, 16, 17, 64))
+    needs = (True, False, False, False, True, False)
+    dx, _, _, _, dpi, _ = cuda_bwd.routed_lora_bwd(**case, needs=needs)
+    for rows in (slice(None, 2**20), slice(2**20, None)):
+        half = case | {name: case[name][rows] for name in ("dout", "x", "h", "pi")}
+        half_dx, _, _, _, half_dpi, _ = cuda_bwd.routed_lora_bwd(**half, needs=needs)
+        assert torch.equal(dx[rows], half_dx)
+        assert torch.equal(dpi[rows], half_dpi)
+
+
 def test_no_tokens():
     case = make_case((0, 256, 256, 16, 16, 2))
-    for gradient in cuda_bwd.routed_lora_bwd(**case, needs=(True, True, True, True, False, False))[:4]:
+    for gradient in cuda_bwd.routed_lora_bwd(**case, needs=TRAINING)[:4]:
         assert not gradient.any()
