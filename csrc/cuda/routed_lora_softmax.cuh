@@ -55,9 +55,23 @@ __device__ P swapped(P pair) {
     return bits_as<P>(__byte_perm(bits_as<uint32_t>(pair), 0, 0x1032));
 }
 
-// A run of P 16-bit values that starts on any of them, as pairs.
+// The words of a run of n 16-bit values, P - 4 < n <= P, that starts on any of them: on the second half of a word only
+// if n is odd. The values around it are other threads'.
+template <int P>
+struct Words {
+    const bool odd;
+    const int whole;  // words, a first half included
+    const int half;   // n odd: the value that shares its word with others', the first or the last
+
+    __device__ Words(const char* at, int n)
+        : odd(smem_address(at) & 2), whole((n + int(odd)) / 2), half(odd ? 0 : n - 1) {}
+
+    __device__ bool owns(int i) const { return (i > 0 || !odd) && (i < P / 2 - 2 || i < whole); }
+};
+
+// The run as pairs, with anything beyond n.
 template <int P, bool aligned>
-__device__ void load_run(uint32_t (&v)[P / 2], const char* from) {
+__device__ void load_run(uint32_t (&v)[P / 2], const char* from, int n) {
     if constexpr (aligned) {
 #pragma unroll
         for (int i = 0; i < P / 8; ++i) {
@@ -65,17 +79,28 @@ __device__ void load_run(uint32_t (&v)[P / 2], const char* from) {
             v[4 * i] = unit.x, v[4 * i + 1] = unit.y, v[4 * i + 2] = unit.z, v[4 * i + 3] = unit.w;
         }
     } else {
-        const uint32_t odd = smem_address(from) & 2;
-        const uint32_t* const words = reinterpret_cast<const uint32_t*>(from - odd);
-        uint32_t w[P / 2 + 1];
+        const Words<P> run(from, n);
+        const uint32_t* const words = reinterpret_cast<const uint32_t*>(from - 2 * run.odd);
+        uint32_t w[P / 2 + 1] = {};
 #pragma unroll
-        for (int i = 0; i <= P / 2; ++i) w[i] = words[i];
+        for (int i = 0; i < P / 2; ++i) {
+            if (run.owns(i)) w[i] = words[i];
+        }
+        if (n % 2) {
+            const uint32_t half = reinterpret_cast<const uint16_t*>(from)[run.half];
+            if (run.odd)
+                w[0] = half << 16;
+            else if (n == P - 1)
+                w[P / 2 - 1] = half;
+            else
+                w[P / 2 - 2] = half;
+        }
 #pragma unroll
-        for (int i = 0; i < P / 2; ++i) v[i] = __byte_perm(w[i], w[i + 1], odd ? 0x5432 : 0x3210);
+        for (int i = 0; i < P / 2; ++i) v[i] = __byte_perm(w[i], w[i + 1], run.odd ? 0x5432 : 0x3210);
     }
 }
 
-// The first n of them back, P - 4 < n <= P; what lies around them belongs to other threads.
+// The first n of them back.
 template <int P, bool aligned>
 __device__ void store_run(char* to, const uint32_t (&v)[P / 2], int n) {
     if constexpr (aligned) {
@@ -83,17 +108,16 @@ __device__ void store_run(char* to, const uint32_t (&v)[P / 2], int n) {
         for (int i = 0; i < P / 8; ++i)
             reinterpret_cast<uint4*>(to)[i] = {v[4 * i], v[4 * i + 1], v[4 * i + 2], v[4 * i + 3]};
     } else {
-        const uint32_t odd = smem_address(to) & 2;
-        uint32_t* const words = reinterpret_cast<uint32_t*>(to - odd);
-        const int whole = (n + int(odd / 2)) / 2;
+        const Words<P> run(to, n);
+        uint32_t* const words = reinterpret_cast<uint32_t*>(to - 2 * run.odd);
 #pragma unroll
         for (int i = 0; i < P / 2; ++i) {
-            const uint32_t word = __byte_perm(v[i > 0 ? i - 1 : 0], v[i], odd ? 0x5432 : 0x7654);
-            if ((i > 0 || !odd) && (i < P / 2 - 2 || i < whole)) words[i] = word;
+            const uint32_t word = __byte_perm(v[i > 0 ? i - 1 : 0], v[i], run.odd ? 0x5432 : 0x7654);
+            if (run.owns(i)) words[i] = word;
         }
-        if (n % 2) {  // half a word: the first value or the last
+        if (n % 2) {
             const uint32_t last = n == P - 1 ? v[P / 2 - 1] : v[P / 2 - 2];
-            *reinterpret_cast<uint16_t*>(odd ? to : to + 2 * (n - 1)) = uint16_t(odd ? v[0] : last);
+            reinterpret_cast<uint16_t*>(to)[run.half] = uint16_t(run.odd ? v[0] : last);
         }
     }
 }
@@ -103,7 +127,7 @@ __device__ void store_run(char* to, const uint32_t (&v)[P / 2], int n) {
 template <class E, int P, bool aligned>
 __device__ void softmax(char* row, int experts) {
     uint32_t v[P / 2];
-    load_run<P, aligned>(v, row);
+    load_run<P, aligned>(v, row, experts);
     if constexpr (!aligned) {  // the first value instead of what is not there
         const uint32_t first = __byte_perm(v[0], v[0], 0x1010);
 #pragma unroll
