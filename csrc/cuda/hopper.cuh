@@ -253,14 +253,14 @@ __device__ inline void wgmma_wait() {
     MTLORA_REGS_64                                                                     \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define MTLORA_REGS_200                                                                \
+#define MTLORA_REGS_208                                                                \
     MTLORA_REGS_128                                                                    \
     ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79" \
     ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95" \
-    ", %96, %97, %98, %99"
-#define MTLORA_REGS_256                                                                                \
-    MTLORA_REGS_200                                                                                    \
-    ", %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115" \
+    ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define MTLORA_REGS_256                                                        \
+    MTLORA_REGS_208                                                            \
+    ", %104, %105, %106, %107, %108, %109, %110, %111, %112, %113, %114, %115" \
     ", %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #define MTLORA_OUT_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define MTLORA_OUT_8(d, i) MTLORA_OUT_4(d, i), MTLORA_OUT_4(d, i + 4)
@@ -268,7 +268,7 @@ __device__ inline void wgmma_wait() {
 #define MTLORA_OUT_16(d, i) MTLORA_OUT_8(d, i), MTLORA_OUT_8(d, i + 8)
 #define MTLORA_OUT_32(d, i) MTLORA_OUT_16(d, i), MTLORA_OUT_16(d, i + 16)
 #define MTLORA_OUT_64(d, i) MTLORA_OUT_32(d, i), MTLORA_OUT_32(d, i + 32)
-#define MTLORA_OUT_100(d, i) MTLORA_OUT_64(d, i), MTLORA_OUT_32(d, i + 64), MTLORA_OUT_4(d, i + 96)
+#define MTLORA_OUT_104(d, i) MTLORA_OUT_64(d, i), MTLORA_OUT_32(d, i + 64), MTLORA_OUT_8(d, i + 96)
 #define MTLORA_OUT_128(d, i) MTLORA_OUT_64(d, i), MTLORA_OUT_64(d, i + 64)
 
 // accumulate = false starts from zero.
@@ -310,7 +310,7 @@ MTLORA_WGMMA(24, 12, 12, 13, 14, 15, 16, 17, 18)
 MTLORA_WGMMA(32, 16, 16, 17, 18, 19, 20, 21, 22)
 MTLORA_WGMMA(64, 32, 32, 33, 34, 35, 36, 37, 38)
 MTLORA_WGMMA(128, 64, 64, 65, 66, 67, 68, 69, 70)
-MTLORA_WGMMA(200, 100, 100, 101, 102, 103, 104, 105, 106)
+MTLORA_WGMMA(208, 104, 104, 105, 106, 107, 108, 109, 110)
 MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 
 #undef MTLORA_WGMMA
@@ -322,7 +322,7 @@ MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef MTLORA_REGS_32
 #undef MTLORA_REGS_64
 #undef MTLORA_REGS_128
-#undef MTLORA_REGS_200
+#undef MTLORA_REGS_208
 #undef MTLORA_REGS_256
 #undef MTLORA_OUT_4
 #undef MTLORA_OUT_8
@@ -330,7 +330,7 @@ MTLORA_WGMMA(256, 128, 128, 129, 130, 131, 132, 133, 134)
 #undef MTLORA_OUT_16
 #undef MTLORA_OUT_32
 #undef MTLORA_OUT_64
-#undef MTLORA_OUT_100
+#undef MTLORA_OUT_104
 #undef MTLORA_OUT_128
 
 }  // namespace mtlora::cuda
