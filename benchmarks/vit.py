@@ -33,7 +33,7 @@ class Size:
 
 # Of 15 tasks, 960 tokens a step: the reference stays near 0.2 s on a CPU. A GPU only waits for the host here.
 TINY = Size("tiny", 64, 2, 4, images_per_task=4, pretrain_lr=3e-3, lr=5e-3)
-# The encoder of ViT-B, and 7680 tokens a step: an H100 is busy for 85 ms, its host needs some 60 to ask for that.
+# The encoder of ViT-B, and 7680 tokens a step: an H100 is busy for 85 ms, longer than its host.
 BASE = Size("base", 768, 12, 12, images_per_task=32, pretrain_lr=3e-4, lr=1e-3)
 SIZES = {size.name: size for size in (TINY, BASE)}
 

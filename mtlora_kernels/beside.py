@@ -17,7 +17,8 @@ from . import ops
 from .dispatch import load_module
 
 IMPL = "cuda"  # the kernels that can leave the sum in fp32
-MOST_TOKENS = 16  # LLaMA-2-7B with 32 block adapters decodes 1.8 % faster for 1 token, 1.4 % for 16, 0.1 % for 32
+DTYPE, RANK, OUTPUTS = torch.bfloat16, 16, 32  # of a group in whole runs: the calls whose bits a GPU has shown
+MOST_TOKENS = 16  # decoding LLaMA-2-7B gains up to here, for 32 no more (csrc/cuda/README.md)
 MARK = "mtlora_kernels_mark"
 
 
@@ -54,8 +55,9 @@ def _state(t: Tensor) -> tuple[int, int]:
 
 def mark_input(x: object, block: nn.Module) -> object:
     """x for block and for `routed_lora` with parameters of block, which then, in a CUDA graph captured without
-    gradients, does not wait for what runs between this call and its own: up to 16 tokens on the CUDA kernels, without
-    load, weights from outside or a sum that starts at the residual. `keep_input` does it.
+    gradients, does not wait for what runs between this call and its own: up to 16 tokens in bf16 on the CUDA kernels,
+    rank 16, groups of whole 32 outputs, without load, weights from outside or a sum that starts at the residual.
+    `keep_input` does it.
 
     For forwards of layers that have an adapter: ``x = mark_input(x, self)`` before the layer's own products. Not for
     those that change x or their parameters where PyTorch does not count it (`.data`, kernels of their own): the adapter
@@ -78,9 +80,11 @@ def serves(given: Tensor, inputs: tuple) -> bool:
     if mark is None or inputs[16] != IMPL or not 0 < inputs[0].shape[0] <= MOST_TOKENS:
         return False
     x, lora_a, lora_b, router, route_weights, _, expert_scale, seed = inputs[:8]
-    accumulates, returns_load = inputs[14:16]
+    num_groups, accumulates, returns_load = inputs[9], *inputs[14:16]
+    _, d_out, rank = lora_b.shape
     return (
-        not (accumulates or returns_load)
+        (x.dtype, rank, d_out // num_groups % OUTPUTS) == (DTYPE, RANK, 0)
+        and not (accumulates or returns_load)
         and route_weights is None
         and _captured(x)
         and mark.covers(t for t in (x, lora_a, lora_b, router, expert_scale, seed) if t is not None)

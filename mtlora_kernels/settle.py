@@ -27,7 +27,7 @@ def settled(
     """The implementation and the compute dtype of a call, or the error of `routed_lora` for it.
 
     tensors: x, A, stacked B, router, residual, expert_scale, route_weights. A second call of a kind, with the same
-    options, dtypes, shapes and devices, takes a third of the time of the first.
+    options, dtypes, shapes and devices, is not looked at again.
     """
     options = scaling, num_groups, numerics, activation, dropout_p, accumulate_into_residual, impl, compute_dtype
     if torch.compiler.is_compiling():

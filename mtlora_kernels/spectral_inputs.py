@@ -51,7 +51,7 @@ def _is_lora_b(name: str) -> bool:
 
 def _find_experts(owner: nn.Module, found: dict[int, tuple[nn.Module, str, Tensor]], seen: set[nn.Module]) -> None:
     """Adds (owner of lora_B, name in it, parameter) by id, in order of `named_parameters`. That spells every name of
-    the model, which takes four times as long. Nothing is kept between calls, so that every change is seen."""
+    the model, which takes longer. Nothing is kept between calls, so that every change is seen."""
     seen.add(owner)
     for name, parameter in owner._parameters.items():
         if name[:6] == "lora_B" and _is_lora_b(name) and parameter is not None:

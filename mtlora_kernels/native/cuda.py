@@ -103,7 +103,7 @@ def routed_lora_fwd(
 
 
 def add(residual: Tensor, mixture: Tensor) -> Tensor:
-    """residual [T, d_out] plus a `wide` mixture, rounded once. For one token torch.add takes 3.7 us, this 1.1."""
+    """residual [T, d_out] plus a `wide` mixture, rounded once, sooner than by torch.add."""
     residual, out = _copyable(residual, residual.dtype), residual.new_empty(residual.shape)
     _C.routed_lora_add_cuda(view(residual), view(mixture), view(out), out.shape, raw_stream(out))
     return out

@@ -64,6 +64,7 @@ def capture(monkeypatch):
 
     stream = types.SimpleNamespace(record_event=lambda: None)
     monkeypatch.setattr(beside, "IMPL", "reference")
+    monkeypatch.setattr(beside, "DTYPE", torch.float32)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(beside, "_captured", lambda x: True)
 
@@ -127,6 +128,19 @@ def test_what_was_not_there_before_the_block_is_waited_for(calls):
         assert not call(given, a, b, router)
     seed = torch.tensor([1])
     assert not call(marked(), a, b, router, dropout_p=0.5, dropout_seed=seed)
+
+
+@pytest.mark.usefixtures("capture")
+@pytest.mark.parametrize(
+    ("rank", "num_groups", "dtype"), [(8, 1, torch.float32), (16, 4, torch.float32), (16, 1, torch.bfloat16)]
+)
+@torch.no_grad()
+def test_kinds_that_no_gpu_has_shown_are_waited_for(calls, rank, num_groups, dtype):
+    adapter = mk.nn.RoutedLoRA(WIDTH, rank, 4, num_groups=num_groups, impl="reference", dtype=dtype)
+    block = Block().to(dtype)
+    mk.nn.add_block_adapter(block, adapter)
+    block(torch.randn(5, WIDTH, dtype=dtype))
+    assert not calls
 
 
 @pytest.mark.usefixtures("capture")
